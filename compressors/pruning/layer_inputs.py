@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nxm_export.errors import DataError
 
+_SPARE = 20  # of so many texts one is held out, and not calibrated on
 Batches = Sequence[Mapping[str, Tensor]]
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -61,7 +62,7 @@ def require_enough_tokens(layers: Mapping[str, nn.Linear], batches: Batches) -> 
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     name, needed = max(((name, layer.in_features) for name, layer in layers.items()), key=lambda item: item[1])
     if tokens < needed:
-        about = -(-needed * samples // max(tokens, 1))
+        about = -(-_SPARE * needed * samples // max(_SPARE * tokens - tokens, 1))
         raise DataError(
             f"the calibration texts have {tokens} tokens, {name} reads {needed} values, and needs at least as many "
             f"tokens: give about {about} texts like these ({samples} were read), or choose --recipe obs or magnitude"

@@ -13,6 +13,7 @@ from nxm_export.errors import DataError
 
 BINS = 4096
 _LEAST_RANGE, _RANGES = 0.1, 91  # of the largest |x|: where ranges that cut something off begin, and how many are tried
+_COUNTED = 2**24  # values at once: torch counts in float32, which goes no further by ones
 
 
 class HistogramObserver:
@@ -40,7 +41,8 @@ class HistogramObserver:
             folded = self.counts.reshape(-1, 2).sum(dim=1)
             self.counts = torch.cat([folded, torch.zeros_like(folded)])
             self.limit *= 2
-        self.counts += torch.histc(magnitude, bins=BINS, min=0.0, max=self.limit).double()
+        for part in torch.split(magnitude, _COUNTED):
+            self.counts += torch.histc(part, bins=BINS, min=0.0, max=self.limit).double()
 
     def percentile(self, q: float) -> float:
         """The value that `q` percent of the observed |x| do not exceed (upper edge of its bin)."""

@@ -38,7 +38,7 @@ from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student
 from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.phases import Job, freeze_embeddings
-from compressors.training.resume import claimed, request_hash, take_ownership
+from compressors.training.resume import claimed, request_hash, take_ownership, work_beside
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, require_counted_alike, schedule, steps_of, wants_bf16
 from nxm_export.contract.config_values import size_of
@@ -93,18 +93,22 @@ def search(
     as a command line has it. Returns what ``search.json`` holds.
     """
     began = time.monotonic()
+    if settings.halving and not training.trains:
+        raise DataError("short runs (--halving) train, and the compression that is asked for does not; leave them out")
     prepare_process(training.threads)
     source, kind, out = resolve(model), task_named(task), Path(out)
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     replace_any = _require_replaceable(out)
     require_apart(out, source.path, train, within=False)
-    work_dir = work_dir or out.with_name(f".{out.name}.work")
+    work_dir = work_dir or work_beside(out)
     request = TaskDataRequest(kind, train, columns=columns, train_limit=train_limit)
     data = read_task_data(source, request, load_tokenizer(source), training)
-    full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
-    settings = _sized(settings, source, data, training.recipe, full_steps * training.batch_size)
+    # Also where the plan is not going to be trained: then a search may take as long as one that is.
+    usual_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
+    settings = _sized(settings, source, data, training.recipe, usual_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
+    settings = replace(settings, held_out=len(held_out))  # more than were asked for, where groups stay together
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
     require_counted_alike(dense, data, train)
@@ -123,10 +127,11 @@ def search(
         runs = _Runs(source, data, dense, training, work_dir, progress)
         seconds = dict(selection.seconds)
         finalists, rounds = runs.halved(selection.finalists, settings.halving, seconds)
-        full_seconds = full_steps * runs.step_seconds(finalists[0])
+        full_steps = usual_steps if training.trains else 0
+        full_seconds = full_steps * runs.step_seconds(finalists[0]) if full_steps else 0.0
         seconds["all"] = round(time.monotonic() - began, 3)
         # Of a resumed search, the seconds before it was interrupted are not counted.
-        share = None if resumed else round(seconds["all"] / full_seconds, 4)
+        share = None if resumed or not full_steps else round(seconds["all"] / full_seconds, 4)
         cost = SearchCost(seconds, FullRun(full_steps, round(full_seconds, 3)), resumed, share)
         result = _result(selection, finalists, rounds, settings, cost)
         if not distributed.rank():  # only the first process writes
@@ -207,7 +212,8 @@ def _write(
 
 
 def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[Features], list[Features]]:
-    """(held-out slice, rest in random order); with the same seed, the slice begins with what `compress` holds out."""
+    """(held-out slice, rest in random order), groups undivided; with the same seed, the slice begins with what
+    `compress` holds out."""
     assert settings.samples is not None
     assert settings.held_out is not None
     if len(features) < settings.samples + settings.held_out:
@@ -217,6 +223,11 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
             "lower --samples and --held-out, or give more data"
         )
     held_out, rest = split_indices(features, settings.held_out, settings.seed)
+    if len(rest) < settings.samples:
+        raise DataError(
+            f"{len(held_out)} training samples are held out, as groups are not divided, and {len(rest)} are too few "
+            f"for {settings.samples} calibration samples; lower --samples and --held-out, or give more groups"
+        )
     return [features[i] for i in held_out], [features[i] for i in rest]
 
 
@@ -258,6 +269,7 @@ class _Runs:
     def _short(self, trial: Trial, steps: int, work_dir: Path) -> float:
         """Divergence from the dense model on the held-out slice after a compression run of so many steps."""
         settings, data = replace(self.training, steps=steps), replace(self.data, dev=[])
+        take_ownership(work_dir, request_hash(self.source, data.train, settings, trial.plan))  # ranks may have changed
         student, _ = Job(self.source, data, trial.plan, settings, work_dir, self.progress).run()
         student.eval()
         device, kind, total = next(student.parameters()).device, self.data.task.output_kind, 0.0

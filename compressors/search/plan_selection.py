@@ -248,18 +248,18 @@ class Selector:
                 loss = self._divergence(outputs)
                 rows = [row for logits in outputs for row in logits.cpu().numpy()]
                 score = score_of(filled(rows, 0.0), labels)
-                scored.append((-score, loss / len(samples), choice))
+                scored.append((score, loss / len(samples), choice))
                 self.progress("enumeration", number + 1, len(feasible))
         trials = [
             Trial(
-                f"paper {place + 1}, {metric} {-score:.4f}",
+                f"paper {place + 1}, {metric} {score:.4f}",
                 self.plan_of(choice),
                 choice,
-                -score,
+                score,
                 loss,
                 self._reported_milliseconds(choice),
             )
-            for place, (score, loss, choice) in enumerate(sorted(scored)[: self.settings.finalists])
+            for place, (score, loss, choice) in enumerate(sorted(scored, key=_by_score)[: self.settings.finalists])
         ]
         return Selection(trials, trials, [], len(feasible), self.seconds)
 
@@ -468,6 +468,12 @@ def _is_tied(choice: Choice, groups: Sequence[Sequence[int]]) -> bool:
 def _joint(trial: Trial) -> float:
     """What trials are ranked by; one whose outputs are no numbers comes last."""
     return trial.joint if math.isfinite(trial.joint) else math.inf
+
+
+def _by_score(scored: tuple[float, float, Choice]) -> tuple[float, float, Choice]:
+    """What plans with (score, divergence, choice) are ranked by, best first; numbers that are none come last."""
+    score, loss, choice = scored
+    return (-score if math.isfinite(score) else math.inf, loss if math.isfinite(loss) else math.inf, choice)
 
 
 def _best(trials: Sequence[Trial]) -> Trial:

@@ -40,14 +40,14 @@ def augmented(
 ) -> tuple[list[Features], list[int]]:
     """(samples, order) in which about `share` of the places of `order` hold a distorted sample of their own.
 
-    The first of every batch stays as it is, so that no batch is without a label. The result depends on the arguments
-    only.
+    The first of every batch stays as it is, unless it is the only one, so that no batch of several is without a label.
+    The result depends on the arguments only.
     """
     rng = random.Random(seed)
     pool = [token for sample in features for token in sample["input_ids"][1:-1]]
     samples, places = list(features), list(order)
     for at, index in enumerate(order):
-        if at % batch_size and rng.random() < share:
+        if _may_change(at, batch_size) and rng.random() < share:
             places[at] = len(samples)
             samples.append(distorted(features[index], pool, rng))
     return samples, places
@@ -63,12 +63,12 @@ def mixed(
 ) -> tuple[list[Features], list[int]]:
     """(samples with `more` behind them, order) in which about `share` of the places of `order` hold one of `more`.
 
-    All of `more` come once before any comes again. The first of every batch stays as it is, and in each stretch of
-    `WINDOW` batches a longer text takes the place of a longer sample: batches are still of similar length. The result
-    depends on the arguments only.
+    All of `more` come once before any comes again. The first of every batch of several stays as it is, and in each
+    stretch of `WINDOW` batches a longer text takes the place of a longer sample: batches are still of similar length.
+    The result depends on the arguments only.
     """
     rng = random.Random(f"more text {seed}")
-    chosen = [at for at in range(len(order)) if at % batch_size and rng.random() < share]
+    chosen = [at for at in range(len(order)) if _may_change(at, batch_size) and rng.random() < share]
     drawn = list[int]()
     while len(drawn) < len(chosen):
         drawn += rng.sample(range(len(more)), len(more))
@@ -80,6 +80,11 @@ def mixed(
         for at, text in zip(by_length, sorted(texts, key=lambda i: len(more[i]["input_ids"])), strict=True):
             places[at] = len(samples) + text
     return [*samples, *more], places
+
+
+def _may_change(at: int, batch_size: int) -> bool:
+    """Whether a sample without a label may stand at this place of the order."""
+    return batch_size == 1 or at % batch_size > 0
 
 
 def without_label(label: Label | str, tokens: int) -> Label | str:

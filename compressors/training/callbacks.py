@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,10 +83,20 @@ class ProgressCallback(TrainerCallback):
 
 
 class CompleteCallback(TrainerCallback):
-    """Marks a training checkpoint as complete when all processes have written their part."""
+    """Marks a training checkpoint as complete when all processes have written their part, and removes former ones.
+
+    The Trainer would remove them before this one is marked, and takes one that lacks files without a word: half of a
+    former one, still marked, would be gone on with.
+    """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Mark the checkpoint that was saved."""
+        """Mark the checkpoint that was saved; then take the mark of every other, and remove it."""
         wait()  # each writes the state of its random numbers
-        if state.is_world_process_zero and args.output_dir is not None:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        if not state.is_world_process_zero or args.output_dir is None:
+            return
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (saved / COMPLETE).touch()
+        for former in saved.parent.glob("checkpoint-*"):
+            if former != saved:
+                (former / COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(former, ignore_errors=True)

@@ -23,7 +23,7 @@ from compressors.quantization.embedding import quant_embeddings
 from compressors.quantization.prepare_bake import bake, round_as_stored
 from compressors.settings import Settings
 from compressors.training.phases import Job, freeze_embeddings
-from compressors.training.resume import claimed, request_hash, take_ownership
+from compressors.training.resume import claimed, request_hash, take_ownership, work_beside
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
@@ -69,7 +69,7 @@ class Result:
     def at(cls, out: str | Path, work_dir: Path | None, outputs: Path | None) -> Result:
         """A result in `out`, worked on beside it where no other directory is given."""
         out = Path(out)
-        return cls(out, work_dir or out.with_name(f".{out.name}.work"), outputs)
+        return cls(out, work_dir or work_beside(out), outputs)
 
 
 def finetune(
@@ -111,9 +111,9 @@ def finetune(
     require_counted_alike(network, data, dev)
     with claimed(result.directory, result.work_dir) as scratch:
         steps = 0
+        _take_ownership(result.work_dir, source, data, settings)  # also of a log that another request left
         if further or not fits:
             steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
-            _take_ownership(result.work_dir, source, data, settings)
             if settings.dense_freeze_embeddings:
                 freeze_embeddings(network)
             phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)

@@ -14,6 +14,7 @@ from compressors.pruning.admm import Admm
 from compressors.settings import Losses
 from compressors.training.averaged_weights import AveragedWeights
 from compressors.training.output_divergence import OUTPUT_LOSSES
+from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.hf.protocols import TaskOutput
 
 
@@ -43,8 +44,8 @@ class Student(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Loss and logits of a padded batch with ``labels``."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if self.losses.task == 0:
-            batch = inputs
+        if self.losses.task == 0 or _without_labels(batch.get("labels")):
+            batch = inputs  # of no label at all the task's loss is 0 / 0
         # First: what the teacher needs on its way is free again before the student keeps its activations.
         taught = self._asked(inputs) if self._teacher else None
         deep = taught is not None and self.losses.hidden > 0
@@ -73,6 +74,11 @@ class Student(nn.Module):
             rows = real_rows(inputs["attention_mask"])
             states = output.hidden_states if deep and output.hidden_states is not None else ()
             return Taught(output.logits, [tokens_of(states_of_one, rows) for states_of_one in states], rows)
+
+
+def _without_labels(labels: Tensor | None) -> bool:
+    """Whether no sample of a batch has a class: a process's part of a batch, or a batch of one, may be of none."""
+    return labels is not None and not labels.is_floating_point() and not bool((labels != NO_LABEL).any())
 
 
 @dataclass(frozen=True)

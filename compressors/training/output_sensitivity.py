@@ -8,6 +8,7 @@ in float: the product itself stays on integers, and its kernel writes 16 bit.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from compressors.training.augmentation import distorted
 from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.trainer import collate
 from nxm_export.data.features import Features, sorted_batches
+from nxm_export.errors import DataError
 from nxm_export.progress import Progress, silent
 
 SAMPLES = 128
@@ -40,7 +42,8 @@ def output_costs(
     In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are
     distorted ones (`compressors.training.augmentation`) of `features`: of those that it was trained on a model is too
     sure for a change to show. `student` is prepared and calibrated, and comes back as it was. `progress` hears
-    ("outputs", done, of how many).
+    ("outputs", done, of how many). Raises `DataError` where a cost is no number, as that of the scores of a single
+    sample, which have no variance.
     """
     layers = quant_linears(student)
     quantizers = {
@@ -57,7 +60,7 @@ def output_costs(
     for name in quantizers:
         layers[name].output_quantizer = None
     reference = _answers(student, batches, output_kind)
-    scale = float(torch.cat(reference).double().var()) if output_kind == "identity" else 1.0
+    scale = _variance(torch.cat(reference)) if output_kind == "identity" else 1.0
     costs = {}
     for done, (name, quantizer) in enumerate(quantizers.items()):
         progress("outputs", done, len(quantizers))
@@ -67,11 +70,21 @@ def output_costs(
         pairs = zip(reference, actual, strict=True)
         total = sum(divergence(expected, logits, output_kind) for expected, logits in pairs)
         costs[name] = total / len(samples) / max(scale, 1e-12)
+        if not math.isfinite(costs[name]):
+            raise DataError(
+                f"{name}: what its INT8 output costs on {len(samples)} training samples is {costs[name]}; give more "
+                "samples, or leave all outputs in INT8 with --output-limit inf"
+            )
     progress("outputs", len(quantizers), len(quantizers))
     for name, quantizer in quantizers.items():
         layers[name].output_quantizer = quantizer
     student.train(was_training)
     return costs
+
+
+def _variance(scores: Tensor) -> float:
+    """NaN of a single score."""
+    return float(scores.double().var()) if scores.numel() > 1 else math.nan
 
 
 def _distorted_samples(features: Sequence[Features], seed: int) -> list[Features]:

@@ -92,6 +92,8 @@ class Job:
         self.training = training_of(settings, data.task, width, more_text=bool(data.more_text))
         # A slice of train that no phase trains on: it tells what fixing the masks would cost, and dev is never asked.
         held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
+        if not rest:  # a single group, which is not divided
+            held_out, rest = [], held_out
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
         self.steps = 0
@@ -182,7 +184,7 @@ class Job:
     def _find_masks(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
         """Whatever the recipe does before masks are fixed."""
         recipe = self.settings.recipe
-        if recipe in SOLVERS:
+        if recipe in SOLVERS and layers:
             self._solve(student, layers)
         if recipe in ("nxm", "paper"):
             return self._admm(student, layers, teacher)
@@ -190,7 +192,10 @@ class Job:
 
     def _solve(self, student: nn.Module, layers: Layers) -> None:
         """Masks, weights and scales of every layer from what it reads, before any training."""
-        recipe, batches = self.settings.recipe, self.calibration_batches()
+        recipe = self.settings.recipe
+        batches = self.calibration_batches(
+            0 if recipe == "obs" else max(layer.in_features for layer in layers.values())
+        )
         if recipe != "obs":
             require_enough_tokens(layers, batches)
             for layer in layers.values():
@@ -317,12 +322,13 @@ class Job:
         elif self.settings.freeze_embeddings:
             freeze_embeddings(student)
 
-    def calibration_batches(self) -> list[dict[str, Tensor]]:
-        """The samples that ranges and inputs are measured on, in batches."""
-        pick = np.random.default_rng(self.settings.seed).permutation(len(self.train))[
-            : self.settings.calibration_samples
-        ]
-        samples = [self.train[i] for i in sorted(pick)]
+    def calibration_batches(self, tokens: int = 0) -> list[dict[str, Tensor]]:
+        """The samples that ranges and inputs are measured on, in batches; as many more as it takes to have that many
+        `tokens`, where train has them."""
+        order = np.random.default_rng(self.settings.seed).permutation(len(self.train))
+        counted = np.cumsum([len(self.train[i]["input_ids"]) for i in order])
+        count = max(self.settings.calibration_samples, int(np.searchsorted(counted, tokens)) + 1)
+        samples = [self.train[i] for i in sorted(order[:count])]
         batches = sorted_batches(samples, 32)
         return [collate([samples[i] for i in batch], self.data.pad_id) for batch in batches]
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from compressors import distributed
 from compressors.models import ModelSource
+from nxm_export.contract.pooling import MODULES_FILE
 from nxm_export.data.features import Features
+from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.hashing import file_hash
 
@@ -26,12 +28,21 @@ REQUEST_FILE = "request.sha256"
 def request_hash(source: ModelSource, samples: Iterable[Features], *settings: DataclassInstance) -> str:
     """sha256 of all that finished work depends on: the model's files, the samples, and `settings` (dataclasses)."""
     digest = hashlib.sha256()
-    for file in sorted([*source.path.glob("*.safetensors"), source.path / "config.json"]):
-        digest.update(file_hash(file).encode())
+    of_an_embedding = [source.path / MODULES_FILE, *source.path.glob("*/config.json")]  # how its tokens are pooled
+    for file in sorted([*source.path.glob("*.safetensors"), source.path / "config.json", *of_an_embedding]):
+        if file.is_file():
+            digest.update(file_hash(file).encode())
     digest.update(json.dumps([asdict(part) for part in settings], sort_keys=True).encode())
     for sample in samples:
         digest.update(repr(sorted(sample.items())).encode())
     return digest.hexdigest()
+
+
+def work_beside(out: Path) -> Path:
+    """The directory of unfinished work on `out`, beside it; raises `ArtifactError` where `out` has no name."""
+    if not out.name:
+        raise ArtifactError(f"{out} would be replaced as a whole; name a new directory as --out")
+    return out.with_name(f".{out.name}.work")
 
 
 @contextlib.contextmanager
@@ -45,7 +56,7 @@ def claimed(out: Path, work_dir: Path, *, replace_any: bool = False) -> Iterator
     else:
         with atomic_dir(out, replace_any=replace_any) as scratch:
             yield scratch
-        shutil.rmtree(work_dir, ignore_errors=True)
+        _remove(work_dir)
     distributed.wait()
 
 
@@ -54,8 +65,14 @@ def take_ownership(work_dir: Path, request: str) -> bool:
     file = work_dir / REQUEST_FILE
     same = distributed.agreed(file.is_file() and file.read_text(encoding="utf-8") == request)
     if not same and not distributed.rank():
-        shutil.rmtree(work_dir, ignore_errors=True)
+        _remove(work_dir)
         make_directory(work_dir)
         write_atomic(file, request)
     distributed.wait()
     return same
+
+
+def _remove(work_dir: Path) -> None:
+    """Remove a work directory, first what says whose it is: half of one is nobody's."""
+    (work_dir / REQUEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(work_dir, ignore_errors=True)

@@ -70,6 +70,8 @@ def read_task_data(
     Sets the tokenizer's maximum length, which is saved with the model.
     """
     task, columns = request.task, request.columns
+    if request.train_limit is not None and request.train_limit < 1:
+        raise DataError(f"the train limit is a number of samples, at least 1; got {request.train_limit}")
     head = source.classes() if source.head_fits(task) else None
     raw = load_labelled(request.train, "train", columns, task, head, texts_alone=request.texts_alone)
     blank = request.texts_alone and not has_labels(raw)

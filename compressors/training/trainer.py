@@ -169,7 +169,7 @@ def run_phase(
         callbacks=[log, ProgressCallback(phase.name, phase.steps, data.progress), *callbacks, CompleteCallback()],
     )
     trainer.remove_callback(PrinterCallback)
-    # The Trainer says, for one, how it sorts checkpoints that were written within a second.
+    # transformers logs by itself; what there is to know, progress and errors say.
     with quiet_log(), disk_errors(data.work_dir):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
@@ -217,7 +217,6 @@ def training_arguments(phase: Phase, directory: Path, seed: int, precision: str)
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=phase.save_every or save_every(phase.steps),
-        save_total_limit=1,
         seed=seed,
         report_to=[],
         disable_tqdm=True,

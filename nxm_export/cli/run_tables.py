@@ -106,6 +106,9 @@ def print_search(result: SearchResult, out: Path, *, everything: bool) -> None:
         print_table("cost", ("step", "seconds"), list(cost.seconds.items()))
     elif others := len(result.tied) + len(result.pareto):
         print(f"and {others} more, tied or at other compressions: --all, or {out / SEARCH_FILE}")
+    if not cost.full_run.steps:
+        print(f"The search took {cost.seconds['all']:.0f} seconds; the compression that it is for trains nothing.")
+        return
     share = "an unknown part (resumed)" if cost.share_of_full_run is None else f"{cost.share_of_full_run:.1%}"
     print(
         f"The search took {cost.seconds['all']:.0f} seconds, {share} of a compression run\n"

@@ -1,7 +1,7 @@
 """The measuring tool: runs only what is missing, keeps predictions, and renders what they say."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from tools.results.__main__ import main
 from tools.results.bootstrap import resampled
 from tools.results.page import render
 from tools.results.pooled import Estimate, Pool, seed_draws, sentence_draws
+from tools.results.readme import results_table
 from tools.results.records import (
     Compression,
     CompressionFacts,
@@ -39,7 +40,7 @@ from tools.results.records import (
     one_hot,
 )
 from tools.results.rows import STANDARD, row_named, rows_named
-from tools.results.run import changed
+from tools.results.run import Clock, changed
 from tools.results.statistics import TaskStatistics, overall
 from tools.results.store import RESULTS, TaskStore
 
@@ -236,6 +237,25 @@ def test_a_change_of_the_search_reaches_it(place: Path, monkeypatch: pytest.Monk
     assert measure(place, "searched-hw-75-thorough") == 1
     assert measure(place, "searched-hw-75") == 1
     assert asked == [("nxm", 256, 256), ("nxm", 32, 32)]
+
+
+def test_a_search_is_taken_up_only_where_it_asked_the_same_of_the_same_model(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = list[str]()
+
+    def stop(name: str) -> Callable[..., None]:
+        def stopped(*_: object, **__: object) -> None:
+            called.append(name)
+            raise DataError("enough")
+
+        return stopped
+
+    for name in ("search", "compress"):
+        monkeypatch.setattr(f"tools.results.run.{name}", stop(name))
+    for more in ([], ["--search-samples", "40"], ["--steps", "5"]):
+        assert measure(place, "searched-packed-87.5", "--results", str(tmp_path / "results"), *more) == 1
+    assert called == ["compress", "search", "search"]
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: report)")
@@ -584,12 +604,34 @@ def test_no_retention_of_a_dense_model_that_knows_nothing(book: Book) -> None:
 
 
 def test_records_with_other_settings_are_named(book: Book) -> None:
+    known: dict[str, object] = {"learning_rate": 1e-4, "output_limit": 0.005}
     for row, epochs in (("nxm-2:4+W4", 6.0), ("magnitude-2:4+W4", 6.0), ("sr-ste-2:4+W4", 9.0)):
-        settings = {"learning_rate": 1e-4, "epochs": epochs, "recipe": row.partition("-")[0]}
+        settings = {**known, "epochs": epochs, "recipe": row.partition("-")[0]}
         book.write("rte", row, 0, LABELS, LABELS, compressed=compressed(), settings=settings)
+    before_there_was_a_limit: dict[str, object] = {"learning_rate": 1e-4}
+    book.write("rte", "obs-2:4+W4", 0, LABELS, LABELS, compressed=compressed(), settings=before_there_was_a_limit)
     text = book.page()
     assert "`sr-ste-2:4+W4`, seed 0, was measured with other settings: epochs 9.0 (usual 6.0)." in text
-    assert text.count("was measured with other settings") == 1
+    assert "`obs-2:4+W4`, seed 0, was measured with other settings: output_limit null (usual 0.005)." in text
+    assert text.count("was measured with other settings") == 2
+
+
+def test_seconds_are_counted_on_for_the_same_work_alone(tmp_path: Path) -> None:
+    file = tmp_path / "seconds"
+    Clock(file, "one").keep()
+    file.write_text(f"70.0 {file.read_text().split()[1]}\n")
+    assert [int(Clock(file, work).seconds) for work in ("one", "other")] == [70, 0]
+    file.write_text("70.0\n")  # before it was said of what
+    assert int(Clock(file, "one").seconds) == 70
+
+
+def test_bits_saved_are_of_the_seeds_that_count(book: Book) -> None:
+    for task, seeds in (("cola", {0: 0.8, 1: 0.9}), ("rte", {0: 0.7})):
+        for seed, hw in seeds.items():
+            book.write(task, "obs-2:4+W4", seed, LABELS, LABELS, compressed=compressed(hw))
+            book.write(task, "dense", seed, LABELS, LABELS)
+    book.write("rte", "obs-2:4+W4", 5, LABELS, LABELS, compressed=compressed(0.1))  # of no dense model
+    assert "| 80.0 % |" in results_table(book.results)
 
 
 def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(book: Book) -> None:
@@ -699,6 +741,9 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
         tasks.prepare(tasks.task_named("cola"), tmp_path, tmp_path / "out")
     assert main(["run", "--task", "cola", "--rows", "dense", "--seeds", "x", "--data", str(tmp_path)]) == 1
     assert "--seeds 'x'" in capsys.readouterr().err
+    for seeds in ("0.5", "nan", "inf"):
+        assert main(["run", "--task", "cola", "--rows", "dense", "--seeds", seeds, "--data", str(tmp_path)]) == 1
+        assert f"--seeds are whole numbers, got {seeds}" in capsys.readouterr().err
     assert main(["run", "--task", "chess", "--rows", "dense"]) == 2
 
 

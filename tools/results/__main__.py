@@ -93,7 +93,7 @@ def run(**options: Unpack[RunOptions]) -> None:
     from tools.results.run import Measure, say
 
     task, rows = tasks.task_named(options["task_name"]), rows_named(options["row_names"])
-    seeds = [int(seed) for seed in _numbers(options["seeds"], "--seeds")]
+    seeds = [_whole(seed, "--seeds") for seed in _numbers(options["seeds"], "--seeds")]
     files = tasks.prepare(task, options["data"], options["work"] / task.name / "data")
     protocol = _protocol(task, options)
     store = TaskStore(options["results"], task)
@@ -177,6 +177,12 @@ def _numbers(text: str, option: str) -> list[float]:
     if not numbers:
         raise DataError(f"{option} names nothing")
     return numbers
+
+
+def _whole(number: float, option: str) -> int:
+    if not number.is_integer():
+        raise DataError(f"{option} are whole numbers, got {number:g}")
+    return int(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

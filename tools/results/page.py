@@ -19,7 +19,7 @@ from tools import rendering
 from tools.charts import Chart
 from tools.results import plots
 from tools.results.pooled import CHOSEN_ON, MARGIN, Cell, Comparison, Estimate, Pool
-from tools.results.records import CompressionFacts, Interval, Machine, Record
+from tools.results.records import DEFAULTS, CompressionFacts, Interval, Machine, Record
 from tools.results.rows import RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
 from tools.results.store import ENCODERS, TaskStore, stores
@@ -386,7 +386,7 @@ def _other_settings(statistics: TaskStatistics, rows: Sequence[str]) -> list[Oth
     for key, labelled in statistics.records.items():
         if labelled.record.compressed is not None:
             moved = {"recipe", "seed"} | row_named(key[0]).moved
-            recorded = labelled.record.settings
+            recorded = DEFAULTS | labelled.record.settings
             settings_of[key] = {name: json.dumps(value) for name, value in recorded.items() if name not in moved}
     names = sorted({name for settings in settings_of.values() for name in settings})
     usual = {

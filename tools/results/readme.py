@@ -61,9 +61,9 @@ def results_table(results: Path) -> str:
 
 
 def _bits_saved(pool: Pool, row: str, cells: tuple[Cell, ...]) -> float:
-    """Mean compression by the counting of sparse tensor cores."""
-    shares = [fact.compression.by("hw") for task, _ in cells for fact in pool.tasks[task].compressed(row)]
-    return float(np.mean(shares))
+    """Mean compression by the counting of sparse tensor cores, over the cells."""
+    facts = [pool.tasks[task].records[row, seed].record.compressed for task, seed in cells]
+    return float(np.mean([fact.compression.by("hw") for fact in facts if fact is not None]))
 
 
 def _epochs(pool: Pool, row: str, cells: tuple[Cell, ...]) -> str:

@@ -6,14 +6,16 @@ machine.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
 
+from compressors.settings import DENSE_FIELDS, START_PERCENTILE, Settings
 from nxm_export.contract.records.checkpoint_metrics import MoreTextFacts, PermutationFacts
 from nxm_export.contract.records.search_result import PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.errors import DataError
@@ -223,6 +225,17 @@ def decode_classes(text: str) -> Classes:
 def one_hot(text: str, classes: int) -> npt.NDArray[np.float64]:
     """Float64 (samples, classes) with 1 at each prediction."""
     return np.eye(classes)[decode_classes(text)]
+
+
+def compress_part(settings: Settings) -> dict[str, object]:
+    """The settings that compression reads; threads are told with the machine."""
+    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
+
+
+# Of compression. A record made before there was a setting was made without what it brought.
+DEFAULTS: dict[str, object] = json.loads(
+    json.dumps(compress_part(Settings(average=0.0, augment=0.0, output_limit=None, percentile=START_PERCENTILE)))
+)
 
 
 def digest(text: str) -> str:

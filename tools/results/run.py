@@ -22,7 +22,7 @@ import numpy as np
 from compressors.models import resolve
 from compressors.search.plan_search import SENSITIVITY_FILE, search
 from compressors.search.settings import SearchSettings
-from compressors.settings import DENSE_FIELDS, START_PERCENTILE, Settings
+from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from compressors.training.output_divergence import divergence
@@ -43,6 +43,7 @@ from tools import provenance
 from tools.results import tasks
 from tools.results.bootstrap import resampled
 from tools.results.records import (
+    DEFAULTS,
     Classes,
     Compression,
     CompressionFacts,
@@ -56,6 +57,7 @@ from tools.results.records import (
     SearchFacts,
     Sizes,
     TrainingFacts,
+    compress_part,
     decode_classes,
     digest,
     encode_classes,
@@ -121,7 +123,7 @@ class Measure:
             dense_steps=self.protocol.settings.steps,
         )
         out = self._directory(seed) / row.slug
-        with self._timed(out, seed) as (clock, progress):
+        with self._timed(out, seed, longer) as (clock, progress):
             finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
         record, labels = self._record(row, seed, out, longer, clock.seconds)
         self._drop(out)
@@ -129,9 +131,9 @@ class Measure:
 
     def _compressed(self, row: Row, seed: int) -> tuple[Record, str]:
         teacher, settings = self._teacher(seed), self._settings(row, seed)
-        plan, searched = self._plan(row, seed, teacher.path)
+        plan, searched = self._plan(row, seed, teacher)
         out = self._directory(seed) / row.slug
-        with self._timed(out, seed) as (clock, progress):
+        with self._timed(out, seed, settings) as (clock, progress):
             metrics = compress(
                 teacher.path,
                 plan=plan,
@@ -162,26 +164,33 @@ class Measure:
         width = size_of(source.config, source.family.hidden_key)
         return changed(replace(self.protocol.settings, seed=seed), row, width)
 
-    def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, SearchFacts | None]:
-        """The row's plan, and for a searched one what the search says."""
+    def _plan(self, row: Row, seed: int, teacher: Teacher) -> tuple[CompressionPlan, SearchFacts | None]:
+        """The row's plan, and for a searched one what the search says: an earlier one, where that asked the same of the
+        same model."""
         if row.option is not None:
-            source = resolve(teacher)
+            source = resolve(teacher.path)
             return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), **row.plan), None
         assert row.search is not None
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
-        if not (out / SEARCH_FILE).is_file():
-            asked = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
+        asked = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
+        asked, training = replace(asked, **row.searching), self._settings(row, seed)
+        note = out.with_name(f"{out.name}.json")
+        made_by = encode(SearchNote(teacher.sha256, self.files.digest, asdict(asked), compress_part(training)))
+        known = note.is_file() and note.read_text(encoding="utf-8") == made_by
+        if not (known and (out / SEARCH_FILE).is_file()):
+            note.unlink(missing_ok=True)
             with self.bars() as progress:
                 search(
-                    teacher,
+                    teacher.path,
                     task="classification",
                     train=str(self.files.train),
                     out=out,
-                    settings=replace(asked, **row.searching),
-                    training=self._settings(row, seed),
+                    settings=asked,
+                    training=training,
                     progress=progress,
                 )
+            write_atomic(note, made_by)
         if (out / SENSITIVITY_FILE).is_file():
             sensitivities = self.store.sensitivity_file(seed)
             sensitivities.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +206,7 @@ class Measure:
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
         if not (out / "metrics.json").is_file() or not note.is_file():
-            with self._timed(out, seed) as (clock, progress):
+            with self._timed(out, seed, settings) as (clock, progress):
                 finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data(out))
             write_atomic(note, encode(replace(made_by, seconds=clock.seconds)))
         way_out = f"remove it and {out}"
@@ -234,7 +243,7 @@ class Measure:
         say(f"{self.task.name}: dense grid, learning rate {rate:g}, {epochs:g} epochs")
         settings = replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=0)
         out = self.work / "grid" / f"{rate:g}-{epochs:g}"
-        with self._timed(out, 0) as (clock, progress):
+        with self._timed(out, 0, settings) as (clock, progress):
             finetune(
                 self.protocol.model,
                 task="classification",
@@ -261,7 +270,7 @@ class Measure:
             seed=seed,
             model=self.protocol.model_name,
             data_sha256=self.files.digest,
-            settings=_json(settings.dense_part() if row.is_dense else _compress_part(settings)),
+            settings=_json(settings.dense_part() if row.is_dense else compress_part(settings)),
             metrics={name: MetricValue(answers.metric(name), answers.interval(name)) for name in self.task.metrics},
             samples=Samples(trained, len(answers.labels)),
             steps=metrics.steps,
@@ -281,17 +290,18 @@ class Measure:
         if row.is_dense:
             return
         then = DEFAULTS | known.settings
-        asked = _json(_compress_part(self._settings(row, seed)))
+        asked = _json(compress_part(self._settings(row, seed)))
         differ = sorted(key for key in asked if then[key] != asked[key])
         if differ:
             say(f"left as it is, though measured with another {', '.join(differ)}: {self.store.file}, {row.name}")
 
     @contextlib.contextmanager
-    def _timed(self, out: Path, seed: int) -> Iterator[tuple[Clock, Progress]]:
-        """A clock that counts on where a killed run stopped, and the progress that keeps it."""
+    def _timed(self, out: Path, seed: int, settings: Settings) -> Iterator[tuple[Clock, Progress]]:
+        """A clock that counts on where a killed run with these settings stopped, and the progress that keeps it."""
         self._directory(seed).mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        clock = Clock(out.with_name(f".{out.name}.seconds"))
+        work = digest(f"{replace(settings, threads=None)} {self.files.digest}")
+        clock = Clock(out.with_name(f".{out.name}.seconds"), work)
         with self.bars() as progress:
 
             def both(what: str, done: int, total: int) -> None:
@@ -370,6 +380,17 @@ class DenseNote:
 
 
 @dataclass(frozen=True)
+class SearchNote:
+    """The file beside a search: sha256 of the dense model's weights, the data, and what was asked, for which
+    training."""
+
+    teacher_sha256: str
+    data_sha256: str
+    settings: dict[str, object]
+    training: dict[str, object]
+
+
+@dataclass(frozen=True)
 class Teacher:
     """The dense model of one seed."""
 
@@ -380,13 +401,15 @@ class Teacher:
 
 
 class Clock:
-    """Seconds of work on something, over all the processes that worked on it; kept in a file every few seconds."""
+    """Seconds of some `work`, which a text without white space stands for, over all the processes that did it; kept in
+    a file every few seconds. What is kept of other work does not count."""
 
     EVERY = 5.0
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.began, self.kept = file, time.monotonic(), 0.0
-        self.before = float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+    def __init__(self, file: Path, work: str) -> None:
+        self.file, self.work, self.began, self.kept = file, work, time.monotonic(), 0.0
+        seconds, _, known = file.read_text(encoding="utf-8").strip().partition(" ") if file.is_file() else ("0", "", "")
+        self.before = float(seconds) if known in ("", work) else 0.0  # older files do not say of what
 
     @property
     def seconds(self) -> float:
@@ -397,7 +420,7 @@ class Clock:
         """Write the seconds down, if that was not done just now."""
         if time.monotonic() - self.kept > self.EVERY:
             self.kept = time.monotonic()
-            write_atomic(self.file, f"{self.seconds:.1f}\n")
+            write_atomic(self.file, f"{self.seconds:.1f} {self.work}\n")
 
     def stop(self) -> None:
         """The work is complete."""
@@ -478,20 +501,9 @@ def changed(settings: Settings, row: Row, width: int) -> Settings:
     )
 
 
-def _compress_part(settings: Settings) -> dict[str, object]:
-    """The settings that compression reads; threads are told with the machine."""
-    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
-
-
 def _json(value: Mapping[str, object]) -> dict[str, object]:
     """As it comes back out of a JSON file."""
     return dict(json.loads(json.dumps(value)))
-
-
-# Of compression. A record made before there was a setting was made without what it brought.
-DEFAULTS: dict[str, object] = _json(
-    _compress_part(Settings(average=0.0, augment=0.0, output_limit=None, percentile=START_PERCENTILE))
-)
 
 
 def _lines(file: Path) -> int:

@@ -73,7 +73,8 @@ class SampleCounts:
 
 @dataclass(frozen=True)
 class FullRun:
-    """A compression run of the plan: its optimizer steps, and the seconds that they would take here."""
+    """A compression run of the plan: its optimizer steps (0: nothing is trained), and the seconds that they would take
+    here."""
 
     steps: int
     estimated_seconds: float
@@ -83,7 +84,8 @@ class FullRun:
 class SearchCost:
     """Seconds by stage of the search (``all`` is their sum and the rest), and as a share of a full compression run.
 
-    A search that was `resumed` has no share: the seconds before it was interrupted are not counted.
+    A search that was `resumed` has no share: the seconds before it was interrupted are not counted. Nor has one for a
+    compression that trains nothing.
     """
 
     seconds: Mapping[str, float]

@@ -362,6 +362,14 @@ def test_a_percentile_cuts_off_what_a_few_tokens_carry_and_least_error_does_not(
     assert observer.scale(127, None) * 127 > 55
 
 
+def test_more_values_than_float32_counts_are_counted() -> None:
+    observer, values = HistogramObserver(), torch.zeros(2**24 + 4096)
+    values[0] = 1.0
+    observer.observe(values)
+    assert observer.counts is not None
+    assert int(observer.counts.sum()) == len(values)
+
+
 def test_zeros_alone_have_a_scale() -> None:
     observer = HistogramObserver()
     observer.observe(torch.zeros(4))

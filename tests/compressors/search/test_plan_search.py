@@ -18,15 +18,18 @@ import pytest
 from click.testing import CliRunner, Result
 from torch import nn
 
+from compressors.models import load_model, load_tokenizer, resolve
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
-from compressors.search.plan_search import _enough, _typical_batches, solver_of
+from compressors.search.plan_search import _enough, _Runs, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
+from compressors.search.plan_selection import Trial
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import schedule
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.contract.plan import COUNTINGS, CompressionPlan
+from nxm_export.contract.plan import COUNTINGS, CompressionPlan, WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.features import Features
 from tests.support import tiny
@@ -298,6 +301,71 @@ def test_milliseconds_are_reported_where_a_latency_table_was_given(desk: Path, t
     options = [str(spec).partition("/")[0] for spec in CompressionPlan.load(plan).weights.values()]
     assert facts["best"]["milliseconds"] == sum(faster[option] for option in options) <= 20
     assert " ms " in result.output
+
+
+def test_a_plan_that_nothing_is_trained_for_has_no_share_of_a_training_run(desk: Path, tmp_path: Path) -> None:
+    few = ("--samples", "8", "--held-out", "8", "--swaps", "0", "--candidates", "2:4+W8,W8", "--compression", "0.8")
+    result = search(desk, tmp_path / "out", "--recipe", "one-shot", quick=few)
+    assert result.exit_code == 0, result.output
+    assert "the compression that it is for trains nothing" in " ".join(result.output.split())
+    cost = json.loads((tmp_path / "out" / "search.json").read_text())["cost"]
+    assert cost["full_run"] == {"steps": 0, "estimated_seconds": 0.0}
+    assert cost["share_of_full_run"] is None
+    refused = search(desk, tmp_path / "other", "--recipe", "one-shot", "--halving", "2", quick=few)
+    assert refused.exit_code == 1
+    assert "(--halving) train" in " ".join(refused.output.split())
+
+
+def test_groups_stay_together_and_what_was_held_out_is_what_is_said(desk: Path, tmp_path: Path) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head="reranking")
+    train, _ = tiny.write_data(tmp_path, "reranking")  # four samples a group
+    few = ("--samples", "8", "--held-out", "9", "--swaps", "0", "--candidates", "2:4+W8,W8", "--compression", "0.8")
+    command = ("search", model, "--task", "reranking", *few, "--recipe", "one-shot", "--threads", "1")
+    assert nxm(*command, "--train", train, "--out", tmp_path / "out").exit_code == 0
+    facts = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert facts["samples"] == {"calibration": 8, "held_out": 12}
+    header, *rows = train.read_text().splitlines()
+    (tmp_path / "one.tsv").write_text(
+        "\n".join([header, *("film\t" + row.split("\t", 1)[1] for row in rows[:40])]) + "\n"
+    )
+    refused = nxm(*command, "--train", tmp_path / "one.tsv", "--out", tmp_path / "new")
+    assert refused.exit_code == 1
+    assert "groups are not divided, and 0 are too few" in " ".join(refused.output.split())
+
+
+def test_a_search_into_the_directory_that_one_stands_in_is_refused(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = nxm("search", desk / "dense", "--train", desk / "train.tsv", "--out", ".")
+    assert refused.exit_code == 1
+    assert ". would be replaced as a whole; name a new directory as --out" in " ".join(refused.output.split())
+
+
+def test_a_short_run_takes_nothing_from_that_of_another_plan(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a plan stands among the finalists may differ, once a search is gone on with."""
+    source, found = resolve(desk / "dense"), list[bool]()
+    request = TaskDataRequest(TASKS["classification"], str(desk / "train.tsv"), str(desk / "dev.tsv"))
+    data = read_task_data(source, request, load_tokenizer(source), Settings())
+    dense = load_model(source, TASKS["classification"])
+
+    class Finished:
+        def __init__(self, *given: object) -> None:
+            self.file = tmp_path / "round0-0" / "qat.safetensors"
+
+        def run(self) -> tuple[nn.Module, None]:
+            found.append(self.file.is_file())
+            self.file.touch()
+            return dense, None
+
+    monkeypatch.setattr("compressors.search.plan_search.Job", Finished)
+    runs = _Runs(source, data, dense, Settings(), tmp_path, lambda *_: None)
+    for option in ("W8", "W8", "W4"):
+        plan = source.family.uniform_plan(source.config, WeightSpec.parse(option))
+        runs._short(Trial("free", plan, (), 0.0, 0.0), 2, tmp_path / "round0-0")
+    assert found == [False, True, False]
 
 
 def test_data_without_samples_are_refused(desk: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
-from compressors.search.plan_selection import Choice, Selector, Trial
+from compressors.search.plan_selection import Choice, Selector, Trial, _by_score
 from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -275,6 +275,13 @@ def test_the_papers_enumeration_finds_what_trying_everything_finds(model: Probed
     # the same float32 passes; sums in another order
     assert [trial.joint for trial in actual.finalists] == pytest.approx([loss for _, loss, _ in expected[:6]], rel=1e-4)
     assert len({trial.origin for trial in actual.finalists}) == 6
+
+
+def test_plans_whose_score_is_no_number_come_last() -> None:
+    nan = float("nan")
+    scored = [(0.9, 0.1, (0,)), (nan, 0.0, (1,)), (0.95, nan, (2,)), (0.95, 0.2, (3,)), (0.95, 0.2, (4,))]
+    for order in itertools.permutations(scored):
+        assert [choice for _, _, (choice,) in sorted(order, key=_by_score)] == [3, 4, 2, 0, 1]
 
 
 @pytest.mark.parametrize("counting", COUNTINGS)

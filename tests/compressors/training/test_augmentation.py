@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from compressors.settings import Losses, Settings
-from compressors.training.augmentation import DROPPED, REPLACED, augmented, distorted, require_augmentable
+from compressors.training.augmentation import (
+    DROPPED,
+    REPLACED,
+    augmented,
+    distorted,
+    mixed,
+    require_augmentable,
+)
 from compressors.training.default_recipe import Training, training_of
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
@@ -79,6 +86,13 @@ def test_every_batch_keeps_a_label_and_the_samples_that_were_there_are_untouched
     assert changed == len(samples) - 50 == pytest.approx(0.7 * 300, abs=25)  # three standard errors
     assert (samples, places) == augmented(features, order, 4, 0.7, seed=5)
     assert places != augmented(features, order, 4, 0.7, seed=6)[1]
+
+
+def test_batches_of_one_have_their_share_of_samples_without_a_label() -> None:
+    features = [sample(5 + i % 7) for i in range(50)]
+    order = [i % 50 for i in range(400)]
+    for changed in (augmented(features, order, 1, 0.7, seed=5), mixed(features, order, features, 1, 0.7, seed=5)):
+        assert sum(place >= 50 for place in changed[1]) == pytest.approx(0.7 * 400, abs=30)  # three standard errors
 
 
 # By what a sample's labels are; the others have those of classification, or one number as regression does.

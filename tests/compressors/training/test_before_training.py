@@ -15,8 +15,10 @@ from click.testing import CliRunner
 
 from compressors.settings import Settings
 from compressors.training.compress import finetune
+from compressors.training.resume import take_ownership
 from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.progress import Progress, silent
 from tests.support import tiny
 
 SETTINGS = Settings(dense_steps=4, batch_size=8, precision="fp32")
@@ -31,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(home: Path, out: Path, *, model: str = "model", data: str = "train.tsv") -> None:
+def train(home: Path, out: Path, *, model: str = "model", data: str = "train.tsv", progress: Progress = silent) -> None:
     finetune(
         home / model,
         task="classification",
@@ -39,6 +41,7 @@ def train(home: Path, out: Path, *, model: str = "model", data: str = "train.tsv
         dev=str(home / "dev.tsv"),
         out=out,
         settings=SETTINGS,
+        progress=progress,
     )
 
 
@@ -105,3 +108,44 @@ def test_a_head_that_is_made_anew_is_said_before_training_and_in_json(home: Path
     assert second.exit_code == 0, second.output
     assert "head" not in second.stderr
     assert json.loads(second.stdout)["head"] == "kept"
+
+
+def test_a_kill_while_a_former_training_checkpoint_is_removed_costs_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, killed = shutil.rmtree, list[Path]()
+
+    def killed_at_a_file(path: str | Path, ignore_errors: bool = False) -> None:
+        if Path(path).name.startswith("checkpoint-") and not killed:
+            killed.append(Path(path))
+            (Path(path) / "optimizer.pt").unlink()
+            raise KeyboardInterrupt
+        plain(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", killed_at_a_file)
+    with pytest.raises(KeyboardInterrupt):
+        train(home, tmp_path / "out")
+    assert [path.name for path in killed] == ["checkpoint-1"]
+    steps: list[int] = []
+    train(home, tmp_path / "out", progress=lambda what, done, _: steps.append(done) if what == "dense" else None)
+    assert steps[0] == 2, "it goes on from the checkpoint that took the place of the former"
+
+
+def test_work_that_was_half_removed_for_another_request_is_not_taken_for_that_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not take_ownership(tmp_path / "work", "first")
+    (tmp_path / "work" / "dense").mkdir()
+    removed = list[str]()
+
+    def killed(path: str | Path, ignore_errors: bool = False) -> None:
+        removed.append(Path(path).name)
+        (Path(path) / "dense").rmdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            take_ownership(tmp_path / "work", "second")
+    assert removed == ["work"]
+    assert not take_ownership(tmp_path / "work", "first")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from compressors.settings import Losses
 from compressors.training.distillation import Student, hidden_loss, lighten, real_rows, tokens_of
 from compressors.training.phases import freeze_embeddings
+from nxm_export.data.token_labels import NO_LABEL
 
 BATCH, SEQUENCE, FEATURES, LAYERS = 4, 9, 8, 3
 PADDED = torch.tensor([[1] * length + [0] * (SEQUENCE - length) for length in (9, 2, 5, 8)])
@@ -118,6 +119,18 @@ def test_a_teacher_with_other_tables_keeps_its_own() -> None:
     lighten(teacher, student, False)
     for expected, actual in zip(before, answers(teacher, FULL, False), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("labels", [[NO_LABEL] * 4, [0, NO_LABEL, NO_LABEL, 1]])
+def test_a_batch_without_any_label_has_the_teachers_loss_alone(labels: list[int]) -> None:
+    """One process's part of a batch may be such, or a batch of one."""
+    teacher = classifier().requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_()
+    batch = {"input_ids": torch.randint(1, 50, PADDED.shape), "attention_mask": PADDED}
+    loss = Student(student, Losses(task=0.5, logits=1.0), teacher, None)(**batch, labels=torch.tensor(labels))["loss"]
+    loss.backward()
+    assert bool(torch.isfinite(loss))
+    assert (float(loss.detach()) > 0.1) == (0 in labels)  # it says what its teacher says
 
 
 def test_training_from_a_lightened_teacher_gives_the_same_weights() -> None:

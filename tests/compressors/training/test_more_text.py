@@ -16,10 +16,11 @@ from compressors.settings import Losses, Settings
 from compressors.training.augmentation import mixed, require_augmentable
 from compressors.training.compress import _take_ownership, compress
 from compressors.training.default_recipe import training_of
-from compressors.training.resume import REQUEST_FILE
+from compressors.training.resume import REQUEST_FILE, request_hash
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, schedule
 from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, task_named
 from nxm_export.data.columns import Columns
 from nxm_export.data.features import Features
@@ -115,6 +116,16 @@ def test_other_texts_or_another_share_are_another_run(tmp_path: Path) -> None:
         _take_ownership(tmp_path / "work", resolve(tmp_path / "encoder"), data, Settings())
         hashes.add((tmp_path / "work" / REQUEST_FILE).read_text())
     assert len(hashes) == 3
+
+
+def test_a_model_that_pools_otherwise_is_another_run(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="embedding"))
+    pooling = tmp_path / "model" / "1_Pooling" / "config.json"
+    before = request_hash(source, [])
+    assert before == request_hash(source, [])
+    pooling.write_text('{"pooling_mode": "cls"}')
+    assert read_pooling(source.path).mode == "cls"
+    assert before != request_hash(source, [])
 
 
 def test_the_dense_model_alone_is_learned_from() -> None:

@@ -22,6 +22,7 @@ from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.quantizer_placement import droppable_outputs, residual_output_weights
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
 from nxm_export.graph.verifier import verify
 from tests.support import tiny
@@ -29,6 +30,18 @@ from tests.support.few_rounds import time_few_rounds_here
 from tests.support.variants import variants
 
 COARSE = "bert.encoder.layer.0.output.dense.weight"
+
+
+def test_the_scores_of_a_single_sample_have_no_variance_to_measure_costs_by(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="regression"))
+    train, _ = tiny.write_data(tmp_path, "regression")
+    data = read_task_data(source, TaskDataRequest(TASKS["regression"], str(train)), load_tokenizer(source), Settings())
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
+    model = load_model(source, TASKS["regression"])
+    prepare(model, plan, source.family, source.config)
+    calibrate(model, [collate(data.train[:32], data.pad_id)], 100.0)
+    with pytest.raises(DataError, match=r"costs on 1 training samples is nan; give more samples, or .* inf"):
+        output_costs(model, residual_output_weights(plan), data.train[:1], data.pad_id, "identity", seed=0)
 
 
 @pytest.mark.parametrize("task", variants(["classification", "regression", "embedding"], ("classification",)))

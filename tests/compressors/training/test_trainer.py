@@ -1,12 +1,12 @@
 """Training phases: the order of the data, recipes, invariants, and a run that is killed and resumed."""
 
 import json
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,8 @@ def test_dense_model_learns_and_keeps_its_metrics(prepared: Path) -> None:
 
 
 def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / ".kept.work").mkdir()
+    (tmp_path / ".kept.work" / "train_log.jsonl").write_text('{"phase": "dense", "step": 7, "loss": 0.5}\n')
     metrics = finetune(
         prepared / "dense",
         task="classification",
@@ -140,6 +142,7 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
         settings=Settings(**FAST),
     )
     assert metrics.steps == 0
+    assert not (tmp_path / "kept" / "train_log.jsonl").exists(), "nor has it the log of what was trained there before"
     assert metrics.value == read_metrics(prepared / "dense").value
 
 
@@ -173,21 +176,6 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     else:
         assert phases == {"admm"}
         assert metrics.qat_steps == 0
-
-
-def test_what_the_trainer_says_of_checkpoints_within_a_second_is_not_shown(prepared: Path, tmp_path: Path) -> None:
-    heard: list[str] = []
-    handler, logger = logging.Handler(), logging.getLogger("transformers.trainer_utils")
-    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    once = vars(logging.Logger)["warning_once"]
-    once.cache_clear()  # it speaks once a process
-    logger.addHandler(handler)
-    try:
-        run(prepared, tmp_path / "checkpoint", steps=20, recipe="magnitude")
-    finally:
-        logger.removeHandler(handler)
-    assert once.cache_info().currsize, "it had something to say"
-    assert heard == []
 
 
 def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:
@@ -274,6 +262,68 @@ def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prep
             settings=Settings(**{**FAST, "steps": 0, "recipe": "admm"}),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_short_texts_are_calibrated_on_until_there_are_enough_tokens(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 40)
+    source = resolve(prepared / "dense")
+    request = TaskDataRequest(task_named("classification"), str(tmp_path / "short.tsv"))
+    settings = Settings(**{**FAST, "calibration_samples": 8})
+    data = read_task_data(source, request, load_tokenizer(source), settings)
+    job = Job(source, data, plan_for(prepared / "dense"), settings, tmp_path / "work", lambda *_: None)
+
+    def tokens(wanted: int) -> int:
+        return sum(int(batch["attention_mask"].sum()) for batch in job.calibration_batches(wanted))
+
+    # three tokens a text
+    assert [tokens(0), tokens(24), tokens(25), tokens(64), tokens(10**6)] == [24, 24, 27, 66, 3 * len(job.train)]
+
+
+def test_a_single_group_is_trained_on_and_none_is_held_out(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="reranking"))
+    train, _ = tiny.write_data(tmp_path, "reranking")
+    header, *rows = train.read_text().splitlines()
+    (tmp_path / "one.tsv").write_text(
+        "\n".join([header, *("film\t" + row.split("\t", 1)[1] for row in rows[:40])]) + "\n"
+    )
+    data = read_task_data(
+        source, TaskDataRequest(task_named("reranking"), str(tmp_path / "one.tsv")), load_tokenizer(source), Settings()
+    )
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
+    job = Job(source, data, plan, Settings(), tmp_path / "work", lambda *_: None)
+    assert (len(job.train), len(job.held_out)) == (40, 0)
+
+
+def test_a_directory_without_a_name_and_a_limit_of_no_samples_are_refused(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {
+        "task": "classification",
+        "train": str(prepared / "train.tsv"),
+        "dev": str(prepared / "dev.tsv"),
+    }
+    with pytest.raises(ArtifactError, match="would be replaced as a whole; name a new directory"):
+        finetune(prepared / "dense", out=".", **given)
+    for limit in (0, -3):
+        with pytest.raises(DataError, match=f"train limit is a number of samples, at least 1; got {limit}"):
+            finetune(prepared / "dense", out="new", train_limit=limit, **given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["admm", "obs"])
+def test_a_plan_that_leaves_all_dense_is_followed(prepared: Path, tmp_path: Path, recipe: str) -> None:
+    plan = plan_for(prepared / "dense", "W8")
+    compress(
+        prepared / "dense",
+        task="classification",
+        train=str(prepared / "train.tsv"),
+        dev=str(prepared / "dev.tsv"),
+        plan=replace(plan, weights=dict.fromkeys(plan.weights, WeightSpec())),
+        out=tmp_path / "out",
+        settings=Settings(**{**FAST, "steps": 0, "recipe": recipe}),
+    )
+    open_checkpoint(tmp_path / "out").require_valid()
 
 
 @pytest.mark.parametrize("recipe", ["nxm", "sr-ste", "paper"])

@@ -207,6 +207,19 @@ class EnginePassport:
 
         `facts` are this machine's values of `requires`; both sides are named, and the command that rebuilds.
         """
+        self.require_whole(directory)
+        file = directory / self.engine
+        wrong = [key for key, value in self.requires.items() if facts.get(key) != value]
+        if wrong:
+            built = ", ".join(f"{key} {self.requires[key]}" for key in wrong)
+            here = ", ".join(f"{key} {facts.get(key, 'none')}" for key in wrong)
+            raise ArtifactError(
+                f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
+            )
+
+    def require_whole(self, directory: Path) -> None:
+        """Raise `ArtifactError` unless engine file and companions are those that were built, whatever machine this
+        is."""
         file = self.require_engine(directory)
         actual = file_hash(file)
         if actual != self.engine_sha256:
@@ -215,13 +228,6 @@ class EnginePassport:
                 f"{self.engine_sha256[:12]}...); build it again"
             )
         self.require_companions(directory)
-        wrong = [key for key, value in self.requires.items() if facts.get(key) != value]
-        if wrong:
-            built = ", ".join(f"{key} {self.requires[key]}" for key in wrong)
-            here = ", ".join(f"{key} {facts.get(key, 'none')}" for key in wrong)
-            raise ArtifactError(
-                f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
-            )
 
     def require_engine(self, directory: Path) -> Path:
         """The engine file; raises `ArtifactError` where there is none."""

@@ -11,6 +11,7 @@ import numpy as np
 from engines.base import Engine, backend
 from engines.memory import engine_memory
 from engines.parity.compatibility import plan_of, require_from
+from engines.parity.probes import longest_sequence
 from engines.parity.tolerance import (
     DTYPE_ROUNDING,
     QUANTIZER_ROUNDING,
@@ -41,8 +42,9 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Engines with the same key have the same reference."""
-        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length} {self.rounding}"
+        """Engines with the same key have the same reference, and the same samples for the probes against it."""
+        longest = longest_sequence(self.spec, self.passport.profiles)
+        return f"{self.dtype} {self.passport.graph['placement']} {longest} {self.rounding}"
 
     @property
     def rounding(self) -> float:

@@ -85,9 +85,7 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
 
 
 def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Path, tmp_path: Path) -> None:
-    export_repository(
-        [EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1)
-    )
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(pair=True, threads=1))
     configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
     assert set(configs) == {"m", "m_tokenizer", "m_labels", "m_text"}
     assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}

@@ -164,7 +164,7 @@ def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions
     session = None
     if first.backend == "ort":
         notice_runtime(directories[0], first)
-        session = closest_level(directories[0], first, spec)
+        session = closest_level(directories[0], first, spec, kind=_kind(first, options))
     return _Model(name, directories, passports, spec, session)
 
 

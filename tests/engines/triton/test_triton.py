@@ -271,6 +271,18 @@ def test_an_onnx_engine_is_configured_as_it_was_proven(tiny_engine: Callable[...
     ).read_text(encoding="utf-8")
 
 
+def test_a_session_on_a_gpu_is_not_called_the_proven_one(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    manifest = export_repository(
+        [EngineSource("m", "1", tiny_engine("ort"))], tmp_path / "repo", TritonOptions(kind="gpu")
+    )
+    (facts,) = manifest.models["m"]
+    assert facts.session is not None
+    assert facts.session.difference is None
+    assert "not compared with the proven one: it ran on the CPU, and instances of gpu run other kernels" in (
+        tmp_path / "repo" / "m" / "config.pbtxt"
+    ).read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_triton_gives_the_bits_of_the_proven_session(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
     """The real server, with the double that reads the level as the compiled backend does; with all optimizers it

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import COMPANIONS, MOST_SHAPES, Binding, Profile
+from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
-_MOST_THREADS = 65536
 _LARGEST = 2**20  # rows or tokens of a compiled shape
 _FLAGS = (("always_sparse", True, "--always-sparse"), ("fuse", False, "--no-fuse"))  # options that are flags
 PASSPORT_FILE = "passport.json"
@@ -399,7 +398,7 @@ def _require_options(passport: EnginePassport, file: Path) -> None:
     """Raise `ArtifactError` where an option has another type than it was written with."""
     way_out = "build the engine again"
     options = _known_options(passport.options, str(file))
-    if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         raise ArtifactError(f"{file}: options: threads is {options.threads}, and a machine has 1 or more; {way_out}")
     if len(options.shapes) > MOST_SHAPES or any(
         not 1 <= size <= _LARGEST for shape in options.shapes for size in shape

@@ -33,7 +33,7 @@ from nxm_export.pipeline.inspection import sparsity_of
 from nxm_export.storage.atomic import atomic_dir, require_apart
 
 if TYPE_CHECKING:
-    from engines.base import BuildOptions, Engine, Profile
+    from engines.base import BackendCapabilities, BuildOptions, Engine, Profile
     from engines.benchmark.fastest_backend import Choice, Measure
     from engines.benchmark.http_load import LoadReport
     from engines.benchmark.latency import BenchReport
@@ -80,7 +80,7 @@ def build_engine(
     profiles_from: DataProfiles | None = None,
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
-    returned."""
+    returned. Raises `EngineError` for options that this backend would not heed."""
     from engines.base import BuildOptions, backend
     from engines.memory import tell_memory
     from engines.sparsity.build_evidence import LOG_FILE
@@ -90,6 +90,7 @@ def build_engine(
     capabilities = backend(name).CAPABILITIES
     if options is not None and options.shapes and not capabilities.compiled_shapes:
         raise EngineError(f"{name} keeps no models compiled for shapes; openvino does. Leave the shapes out")
+    _require_heeded(name, capabilities, options or BuildOptions(), profiles_from)
     if capabilities.compiled_shapes and profiles_from is not None:
         options = _with_shapes(options or BuildOptions(), source.parent, profiles_from)
     else:
@@ -97,6 +98,30 @@ def build_engine(
     tell_memory(source, name, options)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
+
+
+def _require_heeded(
+    name: str, able: BackendCapabilities, options: BuildOptions, profiles_from: DataProfiles | None
+) -> None:
+    """Raise `EngineError` for options that a backend has no use for: they would be left out without a word."""
+    profiled = bool(options.profiles) or (profiles_from is not None and not able.compiled_shapes)
+    no_tensorrt = not able.optimization_profiles  # cusparselt, which has some, refuses what it does not take by itself
+    unheeded = {
+        "threads": options.threads is not None and not able.threads,
+        "profiles (--profile, --lengths)": profiled and no_tensorrt,
+        "always_sparse": options.always_sparse and not able.always_sparse,
+        "no fusion (--no-fuse)": not options.fuse and not able.always_sparse,
+        "oldest_onnxruntime (--onnxruntime)": options.oldest_onnxruntime is not None and name != "ort",
+        "level": options.level is not None and no_tensorrt,
+        "workspace_bytes (--workspace)": options.workspace_bytes is not None and no_tensorrt,
+        "build_route": options.build_route is not None and no_tensorrt,
+        "timing_cache": options.timing_cache is not None and (no_tensorrt or name == "trt_rtx"),
+    }
+    wrong = [what for what, given in unheeded.items() if given]
+    if wrong:
+        raise EngineError(f"a build for {name} has no use for {', '.join(wrong)}; leave it out")
+    if options.always_sparse and not options.sparse:
+        raise EngineError("always_sparse and no sparse kernels contradict each other; give one of them")
 
 
 def build_twin_engines(

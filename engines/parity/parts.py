@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.admission import require_unchanged
 from engines.base import Engine, backend
 from engines.memory import engine_memory
 from engines.parity.compatibility import plan_of, require_from
@@ -23,6 +24,7 @@ from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS
 from nxm_export.data.features import Features, filled, pad, sorted_batches
+from nxm_export.errors import NxmError
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,15 @@ class Part:
         return 0 if needed is None else needed[shape] + (self.directory / self.passport.engine).stat().st_size
 
     def load(self) -> Engine:
-        """The engine itself."""
-        return backend(self.passport.backend).load(self.directory)
+        """The engine itself; raises `ServeError` where another one has come into its directory: a report names the hash
+        of the one that was opened."""
+        engine = backend(self.passport.backend).load(self.directory)
+        try:
+            require_unchanged(self.directory, self.passport)
+        except NxmError:
+            engine.close()
+            raise
+        return engine
 
 
 def open_part(checkpoint: Path, directory: Path) -> Part:

@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from engines.ort.backend import OrtEngine
 from engines.parity.bisect import bisect
 from engines.parity.compare import compare, compare_all
-from engines.parity.parts import Part
+from engines.parity.parts import Part, open_part
 from engines.parity.reports import ParityReport
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.origin import Origin
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, ServeError
 from tests.engines.parity.test_bisect import dev_features
 from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
@@ -159,6 +159,19 @@ class TestMemory:
             self.compared(tiny_checkpoint("bert"), tiny_engine("ort"), tmp_path / "a", 999, monkeypatch)
         assert not shapes
         assert not (tmp_path / "a" / "parity.json").exists()
+
+
+def test_an_engine_that_is_replaced_meanwhile_gets_no_report_of_another(
+    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine = shutil.copytree(tiny_engine("ort", "bert", "inputs"), tmp_path / "engine")
+    part = open_part(tiny_checkpoint("bert"), engine)
+    with part.load():
+        pass
+    shutil.rmtree(engine)
+    shutil.copytree(tiny_engine("ort", "bert", "inputs-outputs"), engine)
+    with pytest.raises(ServeError, match="was replaced while it was loaded"):
+        part.load()
 
 
 def test_the_maximum_length_is_that_of_each_engine(

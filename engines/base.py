@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from engines.sparsity.judgement import SparsityReport
 
 MOST_SHAPES = 16  # that an engine keeps compiled: each takes memory and time to load
+MOST_THREADS = 65536
 COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
     "ort": "engines.ort.backend",
@@ -120,7 +121,8 @@ class BuildOptions:
     `BackendCapabilities.compiled_shapes`, the rest for TensorRT.
 
     `shapes` are those (batch, sequence) that matter: the engine keeps a model compiled for each, beside the one that
-    takes any. Raises `EngineError` for sizes below 1, and for more than `MOST_SHAPES`.
+    takes any. Raises `EngineError` for sizes below 1, for more than `MOST_SHAPES`, and for a number of threads that no
+    machine has.
     `profiles` default to some that together take every length, with at most `max_batch_tokens` (rows x tokens) in a
     batch; `sparse` allows sparse kernels; `level` is the builder's optimization
     level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
@@ -150,6 +152,7 @@ class BuildOptions:
     progress: Progress = silent
 
     def __post_init__(self) -> None:
+        _require_threads(self.threads)
         different = dict.fromkeys(self.shapes)
         empty = next((shape for shape in different if min(shape) < 1), None)
         if empty is not None:
@@ -161,6 +164,14 @@ class BuildOptions:
             )
 
 
+def _require_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise EngineError(
+            f"an engine runs on 1 to {MOST_THREADS} threads, got {threads}; leave them out for all cores, or for those "
+            "it was built with"
+        )
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How an engine is loaded. `threads` overrides the number that it was built with, where its backend has
@@ -168,13 +179,14 @@ class LoadOptions:
 
     `hint` is what the threads are for: ``latency`` is one run at a time, on all of them; ``throughput`` is as many runs
     at a time as threads, each on one, where the backend has `BackendCapabilities.throughput`. Raises `EngineError` for
-    another hint.
+    another hint, and for a number of threads that no machine has.
     """
 
     threads: int | None = None
     hint: str = HINT
 
     def __post_init__(self) -> None:
+        _require_threads(self.threads)
         if self.hint not in HINTS:
             raise EngineError(f"unknown hint {self.hint!r}; choose one of {', '.join(HINTS)}")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import COMPANIONS, MOST_SHAPES, Binding, Profile
+from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
-_MOST_THREADS = 65536
 _LARGEST = 2**20  # rows or tokens of a compiled shape
 _FLAGS = (("always_sparse", True, "--always-sparse"), ("fuse", False, "--no-fuse"))  # options that are flags
 PASSPORT_FILE = "passport.json"
@@ -207,6 +206,19 @@ class EnginePassport:
 
         `facts` are this machine's values of `requires`; both sides are named, and the command that rebuilds.
         """
+        self.require_whole(directory)
+        file = directory / self.engine
+        wrong = [key for key, value in self.requires.items() if facts.get(key) != value]
+        if wrong:
+            built = ", ".join(f"{key} {self.requires[key]}" for key in wrong)
+            here = ", ".join(f"{key} {facts.get(key, 'none')}" for key in wrong)
+            raise ArtifactError(
+                f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
+            )
+
+    def require_whole(self, directory: Path) -> None:
+        """Raise `ArtifactError` unless engine file and companions are those that were built, whatever machine this
+        is."""
         file = self.require_engine(directory)
         actual = file_hash(file)
         if actual != self.engine_sha256:
@@ -215,13 +227,6 @@ class EnginePassport:
                 f"{self.engine_sha256[:12]}...); build it again"
             )
         self.require_companions(directory)
-        wrong = [key for key, value in self.requires.items() if facts.get(key) != value]
-        if wrong:
-            built = ", ".join(f"{key} {self.requires[key]}" for key in wrong)
-            here = ", ".join(f"{key} {facts.get(key, 'none')}" for key in wrong)
-            raise ArtifactError(
-                f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
-            )
 
     def require_engine(self, directory: Path) -> Path:
         """The engine file; raises `ArtifactError` where there is none."""
@@ -393,7 +398,7 @@ def _require_options(passport: EnginePassport, file: Path) -> None:
     """Raise `ArtifactError` where an option has another type than it was written with."""
     way_out = "build the engine again"
     options = _known_options(passport.options, str(file))
-    if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
+    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
         raise ArtifactError(f"{file}: options: threads is {options.threads}, and a machine has 1 or more; {way_out}")
     if len(options.shapes) > MOST_SHAPES or any(
         not 1 <= size <= _LARGEST for shape in options.shapes for size in shape

@@ -117,8 +117,9 @@ def choose(
     """Time engine directories by `measure` (`engines.benchmark.latency`, unless another is given) and say which to
     keep.
 
-    Without `shapes` they are `SHAPES`, as far as the model takes them. An engine that cannot run, or whose outputs are
-    not finite, is left out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
+    Without `shapes` they are `SHAPES`, as far as the model takes them. An engine that cannot run at one of them, or
+    whose outputs are not finite there, is left out. Raises `EngineError` for shapes that the model does not take, and
+    when no engine is left.
     """
     spec = spec_of(next(iter(engines.values())))
     vocabulary = min(VOCABULARY, spec.limits.get("input_ids", VOCABULARY)) if spec else None
@@ -130,7 +131,8 @@ def choose(
         default = [(batch, min(sequence, spec.max_length) if spec else sequence) for batch, sequence in SHAPES]
         requested = tuple(shapes) if shapes else fitted_shapes(loaded.values(), default)
         for name, engine in list(loaded.items()):
-            why = _unusable(engine, feeds_for(engine, *requested[0], vocabulary, 0))
+            tried = (_unusable(engine, feeds_for(engine, *shape, vocabulary, 0)) for shape in dict.fromkeys(requested))
+            why = next((why for why in tried if why is not None), None)
             if why is not None:
                 refused[name] = why
                 del loaded[name]

@@ -154,11 +154,13 @@ def with_text(name: str, url: str, model: str, texts: Sequence[str | tuple[str, 
 def measure(models: Sequence[ServedModel], clients: Sequence[int], *, seconds: float, rounds: int = 3) -> LoadReport:
     """Load every model for `seconds` a round at every number of clients, each time after a warm-up of up to `WARM_UP`.
 
-    Raises `ServeError` for a model that refuses the first request, or that answers none at one number of clients, and
-    when a client fails.
+    Raises `ServeError` for two models of one name, for one that refuses the first request, or that answers none at one
+    number of clients, and when a client fails.
     """
     if not models or not clients or rounds < 1:
         raise ServeError("a load test needs at least one server, one number of clients and one round")
+    if len({served.name for served in models}) < len(models):
+        raise ServeError("the same server is given twice; its results would be counted as those of one")
     for served in models:
         _require_answer(served)
     taken: dict[tuple[str, int], list[Round]] = {(served.name, count): [] for served in models for count in clients}

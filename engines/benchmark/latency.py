@@ -79,6 +79,14 @@ class BenchReport:
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
 
+    @property
+    def too_few_rounds(self) -> str | None:
+        """Why nothing is called faster or slower, where engines were compared in fewer than `LEAST_ROUNDS`."""
+        rounds = min((timing.rounds for timing in self.timings), default=LEAST_ROUNDS)
+        if not self.ratios or rounds >= LEAST_ROUNDS:
+            return None
+        return f"too few rounds ({rounds}) to call a difference; give --rounds {LEAST_ROUNDS} or more"
+
     def to_dict(self) -> dict[str, object]:
         """The form of ``bench/*.json`` and ``--json``."""
         return {"schema": SCHEMA, **to_json_object(self)}
@@ -130,7 +138,7 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
 
     2:4 pays at a shape when the 95 % interval of its speed-up over the dense twin lies above 1. It pays from N tokens
     on when it does at every measured shape of at least N tokens. Without a proven sparse kernel nothing is ascribed to
-    2:4.
+    2:4, and of fewer than `LEAST_ROUNDS` there is no verdict.
     """
     ratios = [ratio for ratio in report.ratios if ratio.name == sparse and ratio.reference == dense]
     if not ratios:
@@ -138,6 +146,8 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
     if not sparse_share:
         known = "no sparse kernel is proven to run" if sparse_share == 0 else "nothing was planned sparse"
         return f"do not use 2:4 here: {known} on {gpu}, so any difference between the twins is noise"
+    if report.too_few_rounds is not None:
+        return f"no verdict: {report.too_few_rounds}"
     by_tokens = sorted(ratios, key=lambda ratio: (ratio.batch * ratio.sequence, ratio.speedup))
     losing = [ratio for ratio in by_tokens if ratio.interval[0] <= 1.0]
     best = max(by_tokens, key=lambda ratio: ratio.speedup)

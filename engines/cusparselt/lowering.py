@@ -98,10 +98,8 @@ class _Lowering:
     def _product(self, node: ir.Node) -> _Found | None:
         """The product of INT8 pairs that a node is, None for any other."""
         left = _dequantized(node.inputs[0]) if node.op_type in ("MatMul", "Gemm") and not node.domain else None
-        if left is None or not _is_activation(left) or not _plain(node):
-            return None
-        weight = _weight(node)
-        if weight is None:
+        weight = None if left is None or not _is_activation(left) else _weight(node)
+        if left is None or weight is None or not _plain(node, len(weight.codes)):
             return None
         n, k = weight.codes.shape
         last, bias, absorbed = _bias_behind(node, n)
@@ -280,12 +278,12 @@ def _bias_of(node: ir.Node) -> ir.Node | None:
     add = None if matrix is None or matrix.ndim != 2 else _reader(node.outputs[0], "Add")
     if add is None or matrix is None:
         return None
-    bias = _numbers(next(value for value in add.inputs if value is not node.outputs[0]))
+    bias = _numbers(_added(add, node))
     return add if bias is not None and bias.shape == matrix.shape[1:] else None
 
 
 def _linear_step(node: ir.Node, add: ir.Node) -> Step:
-    bias = next(value for value in add.inputs if value is not node.outputs[0])
+    bias = _added(add, node)
     names = [str(value.name) for value in (*node.inputs, bias) if value is not None]
     return Step(LINEAR, tuple(names), (str(add.outputs[0].name),), {})
 
@@ -354,19 +352,29 @@ def _bias_behind(node: ir.Node, features: int) -> tuple[ir.Node, np.ndarray | No
         return node, _numbers(node.inputs[2]), ()
     add = _reader(node.outputs[0], "Add")
     if add is not None:
-        bias = _numbers(next(value for value in add.inputs if value is not node.outputs[0]))
+        bias = _numbers(_added(add, node))
         if bias is not None and bias.shape == (features,):
             return add, bias, (add,)
     return node, None, ()
 
 
-def _plain(node: ir.Node) -> bool:
+def _added(add: ir.Node, product: ir.Node) -> ir.Value | None:
+    """What an Add adds to a product; None where that is the product once more."""
+    return next((value for value in add.inputs if value is not product.outputs[0]), None)
+
+
+def _plain(node: ir.Node, features: int) -> bool:
     """Whether a product is one without factors, with a bias for each channel where a Gemm has one."""
     if node.op_type == "MatMul":
         return True
-    bias = _numbers(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+    bias = _numbers(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(features)
     factors = [node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes]
-    return not _whole(node, "transA", 0) and all(f == 1.0 for f in factors) and bias is not None and bias.ndim == 1
+    return (
+        not _whole(node, "transA", 0)
+        and all(f == 1.0 for f in factors)
+        and bias is not None
+        and bias.shape == (features,)
+    )
 
 
 def _output_quantizer(last: ir.Node) -> ir.Node | None:

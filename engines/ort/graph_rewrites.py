@@ -371,7 +371,9 @@ def _bias_behind(product: ir.Node, features: int) -> tuple[ir.Node, ir.Value | N
     """(last node, bias): the Add of a constant (N,) behind a product, or the product itself and None."""
     add = reader(product.outputs[0], "Add")
     if add is not None:
-        other = next(value for value in add.inputs if value is not product.outputs[0])
+        other = next(
+            (value for value in add.inputs if value is not product.outputs[0]), None
+        )  # none: twice the product
         bias = constant(other)
         if bias is not None and bias.shape == (features,):
             return add, other

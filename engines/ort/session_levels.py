@@ -27,19 +27,20 @@ _SHAPES = ((1, 5), (3, 17), (4, 64))  # (batch, sequence) that are tried, sequen
 class SessionLevel:
     """The level that comes closest to the proven session.
 
-    `difference` is the largest of any output on random input, 0 for bit for bit; None where nothing was tried, as ONNX
-    Runtime is not installed. `integer_products` are (proven session, this one).
+    `difference` is the largest of any output on random input, 0 for bit for bit; None where nothing was tried, for the
+    reason `untried`. `integer_products` are (proven session, this one).
     """
 
     level: str
     difference: float | None
     integer_products: tuple[int, int] | None
+    untried: str | None = None
 
     @property
     def words(self) -> str:
         """How it stands to the proven session."""
         if self.difference is None:
-            return "not compared with the proven one: ONNX Runtime is not installed here"
+            return f"not compared with the proven one: {self.untried}"
         proven, here = self.integer_products or (0, 0)
         if proven != here:
             return (
@@ -50,16 +51,21 @@ class SessionLevel:
         return "outputs are those of the proven one, bit for bit"
 
 
-def closest_level(directory: Path, passport: EnginePassport, spec: IOSpec) -> SessionLevel:
-    """The level at which ONNX Runtime runs an engine directory as it was proven, or most nearly so."""
+def closest_level(directory: Path, passport: EnginePassport, spec: IOSpec, *, kind: str = "cpu") -> SessionLevel:
+    """The level at which ONNX Runtime runs an engine directory as it was proven, or most nearly so.
+
+    Engines are proven on the CPU, and a `kind` of instances other than ``cpu`` runs them by other kernels.
+    """
+    if kind != "cpu":
+        return SessionLevel(BASIC, None, None, f"it ran on the CPU, and instances of {kind} run other kernels")
     if not left_out(passport):
         return SessionLevel(ALL, 0.0, None)
     if any(binding.shape[:1] != (-1,) for binding in passport.tensors("inputs")):
-        return SessionLevel(BASIC, None, None)  # of a fixed batch, which Triton does not take
+        return SessionLevel(BASIC, None, None, "its batch is fixed, and Triton takes no such engine")
     try:
         tried = [_tried(directory, passport, spec, level) for level in (BASIC, ALL)]
     except EngineUnavailable:
-        return SessionLevel(BASIC, None, None)
+        return SessionLevel(BASIC, None, None, "ONNX Runtime is not installed here")
     return min(tried, key=_distance)
 
 

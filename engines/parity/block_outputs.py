@@ -165,6 +165,8 @@ def built_with_block_outputs(
     options = BuildOptions(
         profiles=passport.profiles,
         sparse=bool(passport.options.get("sparse", True)),
+        always_sparse=passport.options.get("always_sparse") is True,
+        fuse=passport.options.get("fuse") is not False,
         level=passport.whole_option("level"),
         workspace_bytes=passport.whole_option("workspace_bytes"),
         build_route=passport.text_option("build_route"),

@@ -170,15 +170,17 @@ def nonfinite_values(values: np.ndarray) -> int:
 
 
 def cosine(expected: np.ndarray, actual: np.ndarray) -> float:
-    """Cosine of all values of an output; 1.0 where either is all zero."""
+    """Cosine of all values of an output; 1.0 where both are all zero, 0.0 where one of them is."""
     expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     norms = float(np.linalg.norm(expected) * np.linalg.norm(actual))
-    return float((expected * actual).sum() / norms) if norms else 1.0
+    return float((expected * actual).sum() / norms) if norms else float(not expected.any() and not actual.any())
 
 
 def cosines(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """(samples,): cosine of every sample's vector with its counterpart; 1.0 where either is all zero, NaN stays."""
+    """(samples,): cosine of every sample's vector with its counterpart; 1.0 where both are all zero, 0.0 where one of
+    them is, NaN stays."""
     expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     lengths = np.linalg.norm(expected, axis=-1) * np.linalg.norm(actual, axis=-1)
     products = (expected * actual).sum(axis=-1)
-    return np.asarray(np.where(lengths == 0.0, 1.0, products / np.where(lengths == 0.0, 1.0, lengths)))
+    alike = ~expected.any(axis=-1) & ~actual.any(axis=-1)
+    return np.asarray(np.where(lengths == 0.0, alike, products / np.where(lengths == 0.0, 1.0, lengths)))

@@ -3,7 +3,8 @@
 * ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in
   PyTorch.
 * ``drop(mcc)<=0.5``: the same of another metric of the task, here Matthews correlation.
-* ``flips<=0.5%``: at most that share of the samples changes its class.
+* ``flips<=0.5%``: at most that share of the decisions changes: of the classes of samples or tokens, of the labels of
+  all samples where each has several, of the starts or ends of answers.
 * ``max_abs<=0.1``: no value of any output differs by more.
 * ``cosine>=0.99``: no sample's embedding has a lower cosine with the checkpoint's.
 * ``embedding_table<=0.5``: what rounding the embedding table to INT8 cost, in points. The checkpoint has the rounded
@@ -23,7 +24,7 @@ from nxm_export.errors import DataError, EngineError
 
 QUANTITIES = {
     "drop": "points of the task metric below the checkpoint's",
-    "flips": "% of the samples with another class",
+    "flips": "% of the decisions (a sample's class, a token's, each label of several) that are others",
     "max_abs": "largest |difference| of any output",
     "cosine": "lowest cosine of a sample's embedding with the checkpoint's",
     "embedding_table": "points of the task metric that rounding the embedding table cost, on `nxm compress`'s dev data",

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.admission import require_unchanged
 from engines.base import Engine, backend
 from engines.memory import engine_memory
 from engines.parity.compatibility import plan_of, require_from
+from engines.parity.probes import longest_sequence
 from engines.parity.tolerance import (
     DTYPE_ROUNDING,
     QUANTIZER_ROUNDING,
@@ -22,6 +24,7 @@ from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS
 from nxm_export.data.features import Features, filled, pad, sorted_batches
+from nxm_export.errors import NxmError
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Engines with the same key have the same reference."""
-        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length} {self.rounding}"
+        """Engines with the same key have the same reference, and the same samples for the probes against it."""
+        longest = longest_sequence(self.spec, self.passport.profiles)
+        return f"{self.dtype} {self.passport.graph['placement']} {longest} {self.rounding}"
 
     @property
     def rounding(self) -> float:
@@ -87,8 +91,15 @@ class Part:
         return 0 if needed is None else needed[shape] + (self.directory / self.passport.engine).stat().st_size
 
     def load(self) -> Engine:
-        """The engine itself."""
-        return backend(self.passport.backend).load(self.directory)
+        """The engine itself; raises `ServeError` where another one has come into its directory: a report names the hash
+        of the one that was opened."""
+        engine = backend(self.passport.backend).load(self.directory)
+        try:
+            require_unchanged(self.directory, self.passport)
+        except NxmError:
+            engine.close()
+            raise
+        return engine
 
 
 def open_part(checkpoint: Path, directory: Path) -> Part:

@@ -92,6 +92,12 @@ class BatchQueue:
         with self._condition:
             if self._closed:
                 raise RequestRefused(503, "the model is being unloaded", retry_after=1)
+            if request.rows > self._limits.max_rows:  # nor later
+                raise RequestRefused(
+                    400,
+                    f"a request of {request.rows} rows is larger than the {self._limits.max_rows} that may wait; "
+                    "split it",
+                )
             if self.rows + request.rows > self._limits.max_rows:
                 raise RequestRefused(503, f"{self.rows} rows are waiting already; try again later", retry_after=1)
             request.enqueued = time.monotonic()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from engines.passport import PASSPORT_FILE, load_passport
 from engines.sparsity.kernel_names import kernel_named
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import convert, read_json, require_schema
@@ -22,6 +23,7 @@ LAYERS_SCHEMA = "nxm-layers/1"
 MEASURED_FILE = "measured.json"
 MEASURED_SCHEMA = "nxm-measured/1"
 _BUILD_AGAIN = "build the engine again"
+_MEASURE_AGAIN = "delete it, or measure again with `nxm inspect --measure`"
 T = TypeVar("T")
 _PRODUCT_KINDS = (
     "gemm",
@@ -246,7 +248,8 @@ def integer_products(layers: Iterable[LayerInfo], products: Iterable[str]) -> di
 def read_evidence(directory: Path, running: Iterable[str] | None = None) -> Evidence:
     """What lies beside an engine: inspector report, build log, layer times. Missing files are missing evidence.
 
-    `running` are names of kernels that a profiler saw. Raises `ArtifactError` for a file that is damaged.
+    `running` are names of kernels that a profiler saw. Raises `ArtifactError` for a file that is damaged, and for a
+    measurement of another engine than the one of the passport there.
     """
     layers: list[LayerInfo] = []
     log = SparsityLog()
@@ -255,7 +258,7 @@ def read_evidence(directory: Path, running: Iterable[str] | None = None) -> Evid
         layers, log = parse_layers(lines), parse_sparsity_log(lines)
     if (directory / LAYERS_FILE).is_file():
         layers = _inspected_layers(directory / LAYERS_FILE)
-    measured = _measured(directory / MEASURED_FILE) if (directory / MEASURED_FILE).is_file() else None
+    measured = _measured(directory) if (directory / MEASURED_FILE).is_file() else None
     kernels = running if running is not None else measured.kernels if measured else None
     times = {_PROFILE.sub("", name): ms for name, ms in measured.layer_ms.items()} if measured else {}
     return Evidence(layers, log, times, None if kernels is None else frozenset(kernels))
@@ -270,8 +273,13 @@ def _inspected_layers(file: Path) -> list[LayerInfo]:
     ]
 
 
-def _measured(file: Path) -> MeasuredLayers:
-    return _read(file, MeasuredLayers, MEASURED_SCHEMA, "delete it, or measure again with `nxm inspect --measure`")
+def _measured(directory: Path) -> MeasuredLayers:
+    file = directory / MEASURED_FILE
+    measured = _read(file, MeasuredLayers, MEASURED_SCHEMA, _MEASURE_AGAIN)
+    # A directory may be built again while its former engine is measured.
+    if (directory / PASSPORT_FILE).is_file() and measured.engine_sha256 != load_passport(directory).engine_sha256:
+        raise ArtifactError(f"{file}: of another engine (sha256 {measured.engine_sha256[:12]}...); {_MEASURE_AGAIN}")
+    return measured
 
 
 def _read(file: Path, kind: type[T], schema: str, way_out: str) -> T:

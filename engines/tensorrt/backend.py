@@ -133,7 +133,10 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
 
 def inspect(directory: str | Path) -> TensorRTFacts:
     """Facts of an engine directory: the sparsity report of its build (see `engines.sparsity.judgement`)."""
-    return TensorRTFacts(NAME, load_passport(directory).requires, read_sparsity_report(Path(directory)))
+    directory = Path(directory)
+    passport = load_passport(directory)
+    passport.require_whole(directory)
+    return TensorRTFacts(NAME, passport.requires, read_sparsity_report(directory))
 
 
 def _runtime() -> TensorRT:

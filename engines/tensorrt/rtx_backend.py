@@ -132,13 +132,15 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
 
 def inspect(directory: str | Path) -> RtxFacts:
     """Facts of an engine directory: how many products the builder runs on integers, and the report per weight."""
+    directory = Path(directory)
     passport = load_passport(directory)
+    passport.require_whole(directory)
     return RtxFacts(
         NAME,
         passport.whole_option("integer_products"),
         passport.whole_option("planned_products"),
         passport.text_option("sparse_kernels"),
-        read_sparsity_report(Path(directory)),
+        read_sparsity_report(directory),
     )
 
 

@@ -115,7 +115,8 @@ class TensorRTEngine(Closing):
         device, context = self._prepare(feeds)
         context.profiler = Profiler()
         for _ in range(rounds):
-            context.execute_async_v3(device.stream)
+            if not context.execute_async_v3(device.stream):
+                raise EngineError(f"{self.file}: TensorRT failed: {' '.join(self._messages)}")
             device.synchronize()
         self._contexts.clear()  # a context with a profiler runs layer by layer: the next run gets a fresh one
         return {name: total / rounds for name, total in totals.items()}

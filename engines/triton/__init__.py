@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -99,7 +99,7 @@ def export_repository(
     An existing `out` is replaced if it is a repository of ours. Raises `ServeError` for engines that Triton cannot
     load, `ArtifactError` for damaged ones.
     """
-    out = Path(out)
+    out, options = Path(out), replace(options, text=options.text or options.pair)  # pairs are texts, too
     require_distinct_names(sources, TEXT_SUFFIXES if options.text else (), folded=True)
     served = [_model_of(name, sources, options) for name in dict.fromkeys(source.name for source in sources)]
     if not served:
@@ -164,7 +164,7 @@ def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions
     session = None
     if first.backend == "ort":
         notice_runtime(directories[0], first)
-        session = closest_level(directories[0], first, spec)
+        session = closest_level(directories[0], first, spec, kind=_kind(first, options))
     return _Model(name, directories, passports, spec, session)
 
 

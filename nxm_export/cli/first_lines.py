@@ -86,6 +86,8 @@ def of_bench(report: BenchReport) -> str:
     """How each engine compares with the first over all shapes: faster where every interval lies above 1."""
     if not report.ratios:
         return f"{report.timings[0].name} alone was timed: there is nothing to compare it with."
+    if report.too_few_rounds is not None:
+        return f"No comparison: {report.too_few_rounds}."
     sentences = []
     for name in dict.fromkeys(ratio.name for ratio in report.ratios):
         ratios = [ratio for ratio in report.ratios if ratio.name == name]

@@ -147,7 +147,6 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
     options = settings_of(TritonOptions, values)
     options = replace(
         options,
-        text=options.text or options.pair,
         image=image or TRITON_IMAGE,
         expect_sha256=expected_hashes(values),
     )

@@ -82,7 +82,7 @@ def build_engine(
     profiles_from: DataProfiles | None = None,
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
-    returned."""
+    returned. Raises `EngineError` for options that this backend would not heed."""
     from engines.base import BuildOptions, backend
     from engines.memory import tell_memory
     from engines.sparsity.build_evidence import LOG_FILE

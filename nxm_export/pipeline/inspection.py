@@ -227,8 +227,9 @@ def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernel
 def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None = None) -> SparsityReport:
     """The sparsity report of an engine directory (see `engines.sparsity.judgement`).
 
-    `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing. Raises `EngineError` for
-    it and for `twin` where the engine's backend profiles its kernels itself.
+    `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing, and for an engine file
+    that is not the one of its passport. Raises `EngineError` for `kernels` and for `twin` where the engine's backend
+    profiles its kernels itself.
     """
     from engines.base import ProfiledFacts, backend
     from engines.passport import load_passport
@@ -243,6 +244,9 @@ def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None 
         facts = backend(load_passport(directory).backend).inspect(directory)
         assert isinstance(facts, ProfiledFacts)
         return facts.sparsity
+    # What lies beside an engine file proves something of the one that it was written with alone.
+    for engine in (directory, *([] if twin is None else [twin])):
+        load_passport(engine).require_whole(engine)
     running = None
     if kernels is not None:
         if not kernels.is_file():

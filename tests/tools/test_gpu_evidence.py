@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engines.benchmark.latency import BenchReport, Ratio, Timing
-from tools.gpu.evidence import DENSE, FP16, SPARSE, Forced, Parity, Result, Sparsity, Variant, write_page
+from tools.gpu.evidence import DENSE, FP16, SPARSE, Forced, Parity, Plan, Result, Sparsity, Variant, kept_at, write_page
 
 DEVICE = {"gpu": "NVIDIA H100 X", "compute_capability": "9.0", "driver": "580.1", "cuda": "13.0"}
 
@@ -61,6 +62,13 @@ def test_the_page_holds_every_result_losing_ones_too(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "nvidia-h100-x-8.6.0").iterdir()} == {
         f"{result.variant.name}.json" for result in (LARGE, FAILED, DENSE_ONLY)
     }
+
+
+def test_a_result_is_kept_by_all_that_it_depends_on(tmp_path: Path) -> None:
+    plan = Plan([(1, 8), (4, 32)], 6, 4, tmp_path, weakly_typed=False)
+    plans = [plan, replace(plan, rounds=7), replace(plan, level=3), replace(plan, shapes=[(1, 8)])]
+    assert len({kept_at(each, "8.6", "Fake A100", LARGE.variant) for each in plans}) == len(plans)
+    assert kept_at(replace(plan), "8.6", "Fake A100", LARGE.variant) == kept_at(plan, "8.6", "Fake A100", LARGE.variant)
 
 
 @pytest.mark.parametrize(

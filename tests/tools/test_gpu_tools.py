@@ -13,13 +13,17 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
+from engines.cusparselt.machine import Machine
+from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.sparsity.build_evidence import LayerInfo
 from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import read_record
@@ -164,6 +168,36 @@ def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
     written = file.stat().st_mtime_ns
     assert engine_twins.main(arguments) == 0  # what is complete is not measured again
     assert file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("given", "measured"),
+    [({}, False), ({"shapes": ((8, 8),)}, True), ({"rounds": 9}, True), ({"compiled": True}, True)],
+)
+def test_twins_that_were_measured_otherwise_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], measured: bool
+) -> None:
+    machine = Machine(IntegerReferenceKernels(), engine_twins.STAND_IN)
+    plan = engine_twins.Plan(((2, 8),), 6, tmp_path, tmp_path / "work", 0.0, False, machine)
+    subject = engine_twins.Subject("tiny", "inputs")
+    engine_twins.Measuring(subject, plan)._add(complete=True)
+    asked = engine_twins.Measuring(subject, replace(plan, **given))
+    calls: list[None] = []
+    monkeypatch.setattr(asked, "_measure", lambda: calls.append(None))
+    asked.run()
+    assert bool(calls) is measured
+    elsewhere = replace(plan, machine=replace(machine, facts={**engine_twins.STAND_IN, "gpu": "another"}))
+    for other in (
+        engine_twins.Measuring(subject, elsewhere),
+        engine_twins.Measuring(replace(subject, checkpoint="a"), plan),
+    ):
+        assert not other._is_of_this(asked.run())
+
+
+def test_checkpoints_of_one_name_would_share_their_results(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        engine_twins.main(["--rehearse", "--out", str(tmp_path), "--checkpoint", "a/one", "--checkpoint", "b/one"])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_twins_stop_at_the_budget_and_list_what_was_not_reached(

@@ -7,8 +7,8 @@ sparse INT8 twins, and Hugging Face's model in FP16.
 
 Models have the shapes of `tools.gpu.evidence` and random weights: times do not depend on what weights say. Each subject
 is a model with quantizers in front of products alone (``inputs``) or behind them, too (``inputs-outputs``). After every
-shape the subject's JSON is written again; what is complete in ``--out`` is not measured again. Tables come last. A
-rehearsal runs on exact integers on the CPU: nothing it says is about a GPU.
+shape the subject's JSON is written again; what is complete in ``--out``, of the same machine, shapes and rounds, is not
+measured again. Tables come last. A rehearsal runs on exact integers on the CPU: nothing it says is about a GPU.
 """
 
 from __future__ import annotations
@@ -77,9 +77,18 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a subject is to be measured at."""
+
+    shapes: tuple[tuple[int, int], ...]
+    rounds: int
+    compiled: bool
+
+
+@dataclass(frozen=True)
 class Result:
     """What a subject came to; written after every measurement. `hugging_face` are milliseconds by shape: of the model
-    as it is (``fp16``), and compiled. `complete` says that nothing of it is left to do."""
+    as it is (``fp16``), and compiled. `complete` says that nothing of what was `asked` is left to do."""
 
     subject: Subject
     machine: Mapping[str, str]
@@ -95,6 +104,7 @@ class Result:
     error: str | None = None
     skipped: tuple[str, ...] = ()
     complete: bool = False
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -132,19 +142,27 @@ class Measuring:
         self.plan, self.subject = plan, subject
         self.file = plan.out / f"{subject.name}.json"
         self.work = plan.work / subject.name
-        self.result = Result(subject, plan.machine.facts, plan.machine.kernels.kind, {})
+        asked = Asked(plan.shapes, plan.rounds, plan.compiled)
+        self.result = Result(subject, plan.machine.facts, plan.machine.kernels.kind, {}, asked=asked)
 
     def run(self) -> Result:
         """Until all is measured or the budget is spent; an error is a result, too."""
         if self.file.is_file():
             known = read_record(self.file, Result, schema=SCHEMA, way_out="remove it, and it is measured again")
-            if known.complete:
+            if known.complete and self._is_of_this(known):
                 return known
         try:
             self._measure()
         except (NxmError, RuntimeError, ValueError) as error:
             self._add(error=f"{type(error).__name__}: {error}"[:600])
         return self.result
+
+    def _is_of_this(self, known: Result) -> bool:
+        """Whether a result is of this subject, on this machine, and of what is asked now."""
+        mine = self.result
+        return (known.subject, known.machine, known.kind, known.asked) == (
+            mine.subject, dict(mine.machine), mine.kind, mine.asked,
+        )  # fmt: skip
 
     def _measure(self) -> None:
         checkpoint = self._timed("checkpoint", self._checkpoint)
@@ -341,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-engine-twins"), help="checkpoints, graphs, engines")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with exact integers: times mean nothing")
     options = parser.parse_args(arguments)
+    names = [Path(path).name for path in options.checkpoint]
+    if len(set(names)) < len(names):
+        parser.error("--checkpoint: results are kept by the names of directories, and two have one name; link them")
     if options.rehearse:
         with rehearsal() as machine:
             return measure_all(options, machine)

@@ -7,7 +7,8 @@ needs.
 Writes ``docs/gpu/<gpu>-<tensorrt version>.md`` with raw reports beside it, losing cases included. Models have the
 shapes of the real ones and random weights, pruned 2:4 and quantized without training: kernels and latencies do not
 depend on what the weights say, and parity is against PyTorch on the same weights. Each variant's result is kept under
-``--work``: run the same command again after an interruption and it goes on.
+``--work``: run the same command again after an interruption and it goes on; other shapes, rounds or levels are measured
+anew.
 """
 
 from __future__ import annotations
@@ -113,6 +114,12 @@ class Plan:
     work: Path
     weakly_typed: bool
 
+    @property
+    def name(self) -> str:
+        """The name of what is kept of it."""
+        shapes = "+".join(f"{batch}x{sequence}" for batch, sequence in self.shapes)
+        return f"{shapes},rounds-{self.rounds},level-{self.level}"
+
 
 def variants(model: str, weakly_typed: bool, capability: str) -> list[Variant]:
     """Against the base variant, one thing is changed at a time. On sm90, TensorRT 8.6 has sparse convolutions only."""
@@ -156,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variant in variants(model, weakly_typed, device["compute_capability"]):
             if options.only not in variant.name:
                 continue
-            file = options.work / version / device["gpu"].replace(" ", "_") / f"{variant.name}.json"
+            file = kept_at(plan, version, device["gpu"], variant)
             if not file.is_file():
                 if options.budget is not None and time.monotonic() - began > options.budget:
                     print(f"no time for {variant.name}; the same command goes on", file=sys.stderr, flush=True)
@@ -167,6 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(read_record(file, Result, schema=SCHEMA, way_out="remove it, and it is measured again"))
     print(write_page(options.out, device, version, results))
     return 0
+
+
+def kept_at(plan: Plan, version: str, gpu: str, variant: Variant) -> Path:
+    """Where the result of a variant is kept: by all that it depends on."""
+    return plan.work / version / gpu.replace(" ", "_") / plan.name / f"{variant.name}.json"
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -181,7 +193,7 @@ def measure(variant: Variant, plan: Plan) -> Result:
     from nxm_export.pipeline.inspection import inspect_engine, measure_layers
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
-    work = plan.work / "build" / variant.name
+    work = plan.work / "build" / plan.name / variant.name
     shapes = [shape for shape in plan.shapes if shape[1] <= MODELS[variant.model][3]]
     result = Result(variant, shapes)
     try:

@@ -69,8 +69,9 @@ def table(built: Mapping[str, Counter[Form]]) -> str:
 
 def build(preset: str, options: argparse.Namespace) -> Counter[Form]:
     """Build one preset, where it is not there from before, and count its forms."""
-    work: Path = options.work / f"{options.model}-{options.backend}"
-    checkpoint = write_checkpoint(options.model, options.work / "checkpoints" / options.model, options.layers)
+    model = f"{options.model}-{options.layers or 'all'}"
+    work: Path = options.work / f"{model}-{options.backend}-{options.shape}-level-{options.level}"
+    checkpoint = write_checkpoint(options.model, options.work / "checkpoints" / model, options.layers)
     engine = work / preset
     if not engine.is_dir():
         with atomic_dir(work / f"{preset}-graph", replace_any=True) as scratch:

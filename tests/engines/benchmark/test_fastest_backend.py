@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from engines.base import BuildOptions, Engine, backend, cpu_backends
 from engines.benchmark.latency import BenchReport, bench
+from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
 from nxm_export.cli import main
 from nxm_export.errors import EngineError
@@ -83,6 +84,21 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     assert {path.name for path in out.iterdir()} == {
         *("model.onnx", "passport.json", "spec.json", "tokenizer.json", "origin.json")
     }
+
+
+def test_an_engine_whose_outputs_are_no_numbers_at_one_shape_is_no_candidate(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = OpenVinoEngine.run
+
+    def overflowing(engine: OpenVinoEngine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = healthy(engine, feeds)
+        return {name: array * np.nan if len(array) == 2 else array for name, array in outputs.items()}
+
+    monkeypatch.setattr(OpenVinoEngine, "run", overflowing)
+    measure = told(ort=[2.0], openvino=[1.0])
+    choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4), (2, 6)], measure=measure).choice
+    assert (choice.backend, choice.left_out) == ("ort", {"openvino": "its outputs are not finite"})
 
 
 def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:

@@ -168,6 +168,12 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         with_text("server", url, "m", ["a film"])
 
 
+def test_a_server_that_is_given_twice_is_refused() -> None:
+    served = with_text("a", "127.0.0.1:1", "m", ["a film"])
+    with pytest.raises(ServeError, match="the same server is given twice"):
+        measure([served, served], [1], seconds=0.1)
+
+
 def test_nothing_to_send_is_refused() -> None:
     with pytest.raises(DataError, match="no samples"):
         with_text("server", "http://host", "m", [])

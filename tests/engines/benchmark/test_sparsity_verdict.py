@@ -1,10 +1,29 @@
 """The verdict on 2:4: what the intervals allow, and no more."""
 
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import numpy as np
 import pytest
 
-from engines.benchmark.latency import BenchReport, Ratio, sparse_verdict
+from engines.base import Binding, Engine
+from engines.benchmark.latency import BenchReport, Ratio, bench, sparse_verdict
+from nxm_export.cli.first_lines import of_bench
 
 Speedups = list[tuple[int, int, float, float]]  # batch, sequence, speed-up, half the width of its interval
+
+
+class Steady:
+    """An engine whose every run takes as long as it is told, by its own clock."""
+
+    clock, inputs, outputs = "told", ("input_ids",), ("logits",)
+    input_bindings = (Binding("input_ids", "int64", (-1, -1)),)
+
+    def __init__(self, milliseconds: float) -> None:
+        self._told = milliseconds
+
+    def timer(self, _: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        return lambda: self._told
 
 
 def verdict(speedups: Speedups, share: float | None = 0.5) -> str:
@@ -33,6 +52,18 @@ def verdict(speedups: Speedups, share: float | None = 0.5) -> str:
 )
 def test_it_pays_from_where_every_larger_shape_wins(speedups: Speedups, text: str) -> None:
     assert text in verdict(speedups)
+
+
+@pytest.mark.parametrize(("rounds", "said"), [(1, "no verdict"), (5, "no verdict"), (6, "2:4 pays")])
+def test_rounds_that_leave_no_interval_leave_no_verdict(rounds: int, said: str) -> None:
+    """Among k rounds, all lie on one side of the true median once in 2**(k - 1): 1 in 16 of five, 1 in 32 of six."""
+    dense, sparse = cast(Engine, Steady(2.0)), cast(Engine, Steady(1.0))
+    report = bench({"int8-dense": dense, "int8-sparse": sparse}, [(1, 8)], rounds=rounds)
+    assert report.ratios[0].interval == (2.0, 2.0)
+    assert sparse_verdict(report, "int8-sparse", "int8-dense", 0.5, "A100").startswith(said)
+    assert of_bench(report).startswith(
+        "Against int8-dense: int8-sparse: faster" if rounds > 5 else "No comparison: too"
+    )
 
 
 def test_nothing_is_ascribed_to_kernels_that_do_not_run() -> None:

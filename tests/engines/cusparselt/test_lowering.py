@@ -38,6 +38,7 @@ FORMS = {
         "{ " + PAIR + "p = MatMul(a, v) r = QuantizeLinear(p, o, z) d = DequantizeLinear(r, o, z) y = Add(d, p) }",
         ("float32", False),
     ),
+    "added to itself": ("{ " + PAIR + "p = MatMul(a, v) y = Add(p, p) }", ("float32", False)),
     "with an addend of another shape": (
         "{ " + PAIR + "p = MatMul(a, v) t = Add(p, o) y = Abs(t) }",
         ("float32", False),
@@ -67,6 +68,9 @@ FLOATS = {
     "a gemm with factors": "<int64[2] n = {-1,8}, int64[3] m = {2,-1,4}> { f = Reshape(x, n)"
     " q = QuantizeLinear(f, s, z) a = DequantizeLinear(q, s, z) v = DequantizeLinear<axis=1>(w, ws)"
     " p = Gemm<alpha=0.5>(a, v, b) y = Reshape(p, m) }",
+    "a gemm with one bias for all channels": "<int64[2] n = {-1,8}, int64[3] m = {2,-1,4}, float[1] one = {3}>"
+    " { f = Reshape(x, n) q = QuantizeLinear(f, s, z) a = DequantizeLinear(q, s, z)"
+    " v = DequantizeLinear<axis=1>(w, ws) p = Gemm(a, v, one) y = Reshape(p, m) }",
 }
 
 
@@ -118,6 +122,7 @@ def _names(text: str) -> list[str]:
         ("p = MatMul(x, m) y = Add(p, b)", True),
         ("p = MatMul(x, m) y = Add(b, p)", True),
         ("p = MatMul(x, m) y = Add(p, s)", False),
+        ("p = MatMul(x, m) y = Add(p, p)", False),
         ("p = MatMul(x, m) t = Add(p, b) y = Add(t, p)", False),
         ("t = Transpose<perm=[0,2,1]>(x) q = MatMul(x, t) p = MatMul(q, x) r = MatMul(p, m) y = Add(r, b)", True),
     ],

@@ -114,6 +114,13 @@ def test_a_product_of_codes_is_what_the_pairs_say() -> None:
     assert expected[0].tolist() == [1.0 - 4 * 3.5 + 1, -1 - 2.5 * 3.5 - 1, 31.75 + 32 * 3.5 + 0.5]
 
 
+def test_a_product_that_is_added_to_itself_has_no_bias() -> None:
+    plain, fused = (onnx_text.model(PRODUCT.replace("Add(p, bias)", "Add(p, p)")) for _ in range(2))
+    assert integer_products(fused) == 1
+    assert [node.op_type for node in fused.graph] == ["QuantizeLinear", "MatMulIntegerToFloat", "Add"]
+    np.testing.assert_array_equal(onnx_text.run(fused, X)["y"], onnx_text.run(plain, X)["y"])
+
+
 def test_int4_codes_that_are_cast_to_int8_are_multiplied_as_integers(tmp_path: Path) -> None:
     text = PRODUCT.replace("int8[2, 3] w = {1, -2, 127, 4, 5, -128}", "int8[2, 3] w_quantized = {1, -2, 7, 4, 5, -8}")
     text = text.replace("(w, ws, wz)", "(w_quantized, ws, wz)")

@@ -4,18 +4,24 @@ both."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engines.base import BuildOptions
 from engines.parity.bisect import _Boundary, _ReferenceRun, _tally, bisect
 from engines.parity.bisect_reports import BISECT_FILE, read_bisect_report
+from engines.parity.block_outputs import BlockBoundaries, built_with_block_outputs
 from engines.parity.compare import compare
 from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import load_passport
 from engines.reference import pytorch
+from nxm_export.contract.checkpoint import read_config
+from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import encode, index_of, load_raw, with_classes
 from nxm_export.data.tokenization import load_tokenizer
@@ -151,3 +157,25 @@ def test_a_checkpoint_that_gives_no_number_never_passes(bad: float, engine_too: 
     judged = boundary.judged("block", quantized=True)
     assert judged.passed is False
     assert judged.reason.startswith("the checkpoint itself gives NaN or infinity in 1 samples")
+
+
+def test_an_engine_is_built_again_as_it_was_built(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_graph: Callable[..., Path],
+    tiny_engine: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With every option that its passport has; else a bisect would judge an engine of other kernels."""
+    directory = tiny_engine("ort")
+    graph = tiny_graph("bert", "inputs-outputs") / "model.onnx"
+    passport = replace(
+        load_passport(directory), options={"sparse": True, "always_sparse": True, "fuse": False, "level": 2}
+    )
+    given: list[BuildOptions] = []
+    double = SimpleNamespace(build=lambda _, __, options: given.append(options), load=lambda _: None)
+    monkeypatch.setattr("engines.parity.block_outputs.backend", lambda _: double)
+    boundaries = BlockBoundaries.of(FAMILIES["bert"], read_config(tiny_checkpoint("bert")))
+    built_with_block_outputs(directory, passport, boundaries, graph, tmp_path)
+    (options,) = given
+    assert (options.sparse, options.always_sparse, options.fuse, options.level) == (True, True, False, 2)

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from engines.ort.backend import OrtEngine
 from engines.parity.bisect import bisect
 from engines.parity.compare import compare, compare_all
-from engines.parity.parts import Part
+from engines.parity.parts import Part, open_part
 from engines.parity.reports import ParityReport
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.origin import Origin
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, ServeError
 from tests.engines.parity.test_bisect import dev_features
 from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
@@ -158,6 +159,51 @@ class TestMemory:
             self.compared(tiny_checkpoint("bert"), tiny_engine("ort"), tmp_path / "a", 999, monkeypatch)
         assert not shapes
         assert not (tmp_path / "a" / "parity.json").exists()
+
+
+def test_an_engine_that_is_replaced_meanwhile_gets_no_report_of_another(
+    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine = shutil.copytree(tiny_engine("ort", "bert", "inputs"), tmp_path / "engine")
+    part = open_part(tiny_checkpoint("bert"), engine)
+    with part.load():
+        pass
+    shutil.rmtree(engine)
+    shutil.copytree(tiny_engine("ort", "bert", "inputs-outputs"), engine)
+    with pytest.raises(ServeError, match="was replaced while it was loaded"):
+        part.load()
+
+
+def test_the_maximum_length_is_that_of_each_engine(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_engine: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two engines of one kind, the first of which has a profile for a part of what the model takes."""
+    engines = {name: shutil.copytree(tiny_engine("ort"), tmp_path / name) for name in ("short", "whole")}
+    passport = json.loads((engines["short"] / "passport.json").read_text())
+    passport["profiles"] = [{"minimum": [1, 1], "optimum": [8, 16], "maximum": [16, 24]}]
+    (engines["short"] / "passport.json").write_text(json.dumps(passport))
+    longest, run = dict.fromkeys(engines, 0), OrtEngine.run
+
+    def recorded(engine: OrtEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name = engine.directory.name
+        longest[name] = max(longest[name], feeds["input_ids"].shape[1])
+        return run(engine, feeds)
+
+    monkeypatch.setattr(OrtEngine, "run", recorded)
+    checkpoint = tiny_checkpoint("bert")
+    features = dev_features(checkpoint, engines["whole"])[:4]
+    reports = compare_all(checkpoint, list(engines.values()), features)
+    assert longest == {"short": 24, "whole": tiny.POSITIONS}
+    said = {
+        name: [p for p in report.probes if p.name == "maximum length"]
+        for name, report in zip(engines, reports, strict=True)
+    }
+    assert {name: (p.passed, p.reason.partition(" ")[0]) for name, (p,) in said.items()} == {
+        "short": (True, "24"), "whole": (True, str(tiny.POSITIONS)),
+    }  # fmt: skip
 
 
 class TestNotFinite:

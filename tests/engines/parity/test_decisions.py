@@ -22,10 +22,19 @@ def test_changed_classes_are_listed_by_margin() -> None:
 def test_cosines_are_of_each_sample() -> None:
     expected, actual = (
         np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]),
-        np.array([[2.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
+        np.array([[2.0, 0.0], [1.0, 1.0], [0.0, -0.0]]),
     )
     np.testing.assert_allclose(cosines(expected, actual), [1.0, np.sqrt(0.5), 1.0])
-    assert np.isnan(cosines(expected, np.full((3, 2), np.nan))[:2]).all()
+    assert np.isnan(cosines(expected, np.full((3, 2), np.nan))).all()
+
+
+def test_an_engine_of_zeros_is_not_alike() -> None:
+    """Its cosine is none; a gate on it, which says at least, must not hold."""
+    expected = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32)
+    for given, other in ((expected, np.zeros_like(expected)), (np.zeros_like(expected), expected)):
+        assert cosines(given, other).tolist() == [0.0, 0.0]
+        assert distance(given, other).cosine == 0.0
+    assert distance(0 * expected, 0 * expected).cosine == 1.0
 
 
 def test_an_answer_without_a_rival_changes_by_no_number_and_comes_first() -> None:

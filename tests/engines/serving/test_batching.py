@@ -148,6 +148,13 @@ def test_a_full_queue_refuses_with_503_and_takes_again_when_there_is_room() -> N
     queue.submit(queued([5, 5]))
 
 
+def test_a_request_that_never_fits_the_queue_is_not_told_to_try_again() -> None:
+    queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=3))
+    with pytest.raises(RequestRefused, match="4 rows is larger than the 3 that may wait; split it") as refused:
+        queue.submit(queued([5, 5, 5, 5]))
+    assert (refused.value.status, refused.value.retry_after) == (400, None)
+
+
 def test_a_cancelled_request_makes_room_and_is_not_run() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=2))
     first, second = queued([5], 1), queued([6], 2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engines.passport import EnginePassport
 from engines.sparsity.build_evidence import (
     LAYERS_SCHEMA,
     MEASURED_SCHEMA,
@@ -19,8 +20,11 @@ from engines.sparsity.build_evidence import (
     read_evidence,
 )
 from engines.sparsity.judgement import WeightFacts, read_sparsity_report
+from engines.tensorrt import backend
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError
+from nxm_export.pipeline.inspection import inspect_engine, require_sparse
+from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, encode, entry_at
 
 SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
@@ -115,6 +119,36 @@ def test_a_damaged_file_is_refused_by_name_and_field(
     edit(directory / name, change)
     with pytest.raises(ArtifactError, match=message):
         read_sparsity_report(directory)
+
+
+@pytest.fixture
+def engine(directory: Path) -> Path:
+    """The same, with the engine file and its passport."""
+    (directory / "model.engine").write_bytes(b"an engine")
+    digest = file_hash(directory / "model.engine")
+    given: dict[str, Any] = {"versions": {}, "device": {}, "requires": {}, "profiles": (), "graph": {}, "options": {}}
+    passport = EnginePassport(
+        "trt", "model.engine", digest, "0" * 64, plan=None, command=(), created="", companions={}, **given
+    )
+    passport.save(directory)
+    (directory / "measured.json").write_text(encode(replace(MEASURED, engine_sha256=digest), MEASURED_SCHEMA))
+    return directory
+
+
+def test_a_measurement_of_another_engine_is_refused(engine: Path) -> None:
+    assert read_evidence(engine).layer_ms == {"node_myl0_1": 0.5}
+    (engine / "measured.json").write_text(encode(MEASURED, MEASURED_SCHEMA))
+    with pytest.raises(ArtifactError, match=r"measured\.json: of another engine .*measure again"):
+        read_evidence(engine)
+
+
+def test_what_lies_beside_an_engine_proves_nothing_of_another_file(engine: Path) -> None:
+    require_sparse(engine, 1.0)
+    assert inspect_engine(engine).sparsity == read_sparsity_report(engine)
+    (engine / "model.engine").write_bytes(b"another engine, dense perhaps")
+    for ask in (lambda: require_sparse(engine, 1.0), lambda: inspect_engine(engine), lambda: backend.inspect(engine)):
+        with pytest.raises(ArtifactError, match="is not the engine of its passport"):
+            ask()
 
 
 def test_without_facts_there_is_no_report(directory: Path) -> None:

@@ -85,9 +85,7 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
 
 
 def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Path, tmp_path: Path) -> None:
-    export_repository(
-        [EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1)
-    )
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(pair=True, threads=1))
     configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
     assert set(configs) == {"m", "m_tokenizer", "m_labels", "m_text"}
     assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
@@ -269,6 +267,18 @@ def test_an_onnx_engine_is_configured_as_it_was_proven(tiny_engine: Callable[...
     assert facts.session is not None
     assert (facts.session.level, facts.session.difference) == ("basic", 0.0)
     assert "# ONNX Runtime with basic optimizations: outputs are those of the proven one" in (
+        tmp_path / "repo" / "m" / "config.pbtxt"
+    ).read_text(encoding="utf-8")
+
+
+def test_a_session_on_a_gpu_is_not_called_the_proven_one(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    manifest = export_repository(
+        [EngineSource("m", "1", tiny_engine("ort"))], tmp_path / "repo", TritonOptions(kind="gpu")
+    )
+    (facts,) = manifest.models["m"]
+    assert facts.session is not None
+    assert facts.session.difference is None
+    assert "not compared with the proven one: it ran on the CPU, and instances of gpu run other kernels" in (
         tmp_path / "repo" / "m" / "config.pbtxt"
     ).read_text(encoding="utf-8")
 

@@ -103,6 +103,6 @@ def test_a_directory_of_another_kind_is_named_with_what_to_do(
     ],
 )
 def test_a_speed_is_called_what_its_intervals_show(intervals: list[tuple[float, float]], word: str) -> None:
-    timing = Timing("a", 1, 32, 2.0, (1.9, 2.1), 5)
+    timing = Timing("a", 1, 32, 2.0, (1.9, 2.1), 30)
     ratios = tuple(Ratio("b", "a", 1, at + 1, 1.0, interval) for at, interval in enumerate(intervals))
     assert of_bench(BenchReport((timing,), ratios)) == f"Against a: b: {word}."

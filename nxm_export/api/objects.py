@@ -92,6 +92,7 @@ class Model(Generic[P_co]):
         settings: SearchSettings | None = None,
         training: Settings | None = None,
         columns: Columns = Columns(),
+        train_limit: int | None = None,
         progress: Progress = silent,
     ) -> SearchResult:
         """Search a different (pattern, bits) for every weight; ``out/plan.json`` is a plan for `compress`, with the
@@ -111,6 +112,7 @@ class Model(Generic[P_co]):
             settings=settings,
             training=training,
             columns=columns,
+            train_limit=train_limit,
             progress=progress,
         )
 

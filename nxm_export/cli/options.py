@@ -61,9 +61,16 @@ class Whole(click.IntRange):
 
 
 class Real(click.FloatRange):
-    """A number in a range."""
+    """A number in a range; NaN is in none."""
 
     name = "number"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or wrong usage."""
+        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]  # takes what the command line has
+        if math.isnan(number):
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
 
 
 class Positive(FloatType):
@@ -327,8 +334,6 @@ def settings_of(kind: type[Record], values: Mapping[str, object], **changes: obj
 def limit_of(number: float) -> float | None:
     """A setting where None is no limit, of an option that takes inf for it: JSON, which a run records, knows no
     infinity."""
-    if math.isnan(number):
-        raise click.BadParameter("nan is no limit; give a number of nats, or inf for none")
     return None if math.isinf(number) else number
 
 

@@ -232,8 +232,9 @@ def test_a_run_without_options_asks_for_what_a_caller_without_arguments_asks_for
         (("--recipe", "asp"), "'asp' is not one of 'admm', 'obs-refit'"),
         (("--batch-size", "0"), "0 is not in the range x>=1"),
         (("--augment", "1"), "1.0 is not in the range 0<=x<1"),
+        (("--average", "nan"), "nan is not a number"),
         (("--learning-rate", "0"), "0 is not a positive number"),
-        (("--output-limit", "nan"), "nan is no limit"),
+        (("--output-limit", "nan"), "nan is not a number"),
         (("--seed", str(2**32)), "is not in the range 0<=x<=4294967295"),
     ],
 )

@@ -59,7 +59,7 @@ def test_rounds_that_leave_no_interval_leave_no_verdict(rounds: int, said: str) 
     """Among k rounds, all lie on one side of the true median once in 2**(k - 1): 1 in 16 of five, 1 in 32 of six."""
     dense, sparse = cast(Engine, Steady(2.0)), cast(Engine, Steady(1.0))
     report = bench({"int8-dense": dense, "int8-sparse": sparse}, [(1, 8)], rounds=rounds)
-    assert report.ratios[0].interval == (2.0, 2.0)
+    assert report.ratios[0].interval == (2.0 if rounds >= 6 else 1.0, 2.0)
     assert sparse_verdict(report, "int8-sparse", "int8-dense", 0.5, "A100").startswith(said)
     assert of_bench(report).startswith(
         "Against int8-dense: int8-sparse: faster" if rounds > 5 else "No comparison: too"

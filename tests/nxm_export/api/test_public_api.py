@@ -393,7 +393,7 @@ def test_nothing_of_a_thing_is_refused_and_no_default(small: Path, tmp_path: Pat
         nxm.estimate("m", train="t", dev="d", train_limit=0)
     train, dev = tiny.write_data(tmp_path)
     encoder = tiny.write_model("bert", tmp_path / "encoder", layers=1)
-    with pytest.raises(nxm.DataError, match="at least one example, got a limit of 0"):
+    with pytest.raises(nxm.DataError, match="at least 1; got 0"):
         nxm.finetune(encoder, train=train, dev=dev, out=tmp_path / "dense", train_limit=0)
 
 

@@ -267,7 +267,10 @@ class TestAgainstAPlan:
         assert [text for text in found if text.startswith("w: not 1:4 along K")] == found != []
         dense = check(tmp_path, planned=plan(WeightSpec(None, 8, 8, 8)), pattern="1:4")
         assert dense.all_problems == found
-        unplanned = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
+        unplanned = (
+            "g (float[b, 8] x) => (float[b, 2] y) <float[8, 2] w = {1,1,0,0,0,0,2,2,1,1,0,0,0,0,2,2}>"
+            " { y = MatMul(x, w) }"
+        )
         required = check(tmp_path, unplanned, pattern="2:4", planned=plan(WeightSpec(NMPattern(2, 4))))
         assert required.all_problems == ["2:4 is required of quantized weights, and the graph has none"]
 

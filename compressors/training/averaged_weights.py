@@ -1,9 +1,9 @@
 """An exponential average of the trained weights over the steps of a phase, which is saved in their place.
 
 The weights of single steps lie around where they are going, as far off as the learning rate and the scatter of the
-batches take them; their average lies nearer (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407). It is
-taken of everything that is trained, the logarithms of the quantizers' scales among it. What a mask has dropped is zero
-at every step, and so on average.
+batches take them; their average is meant to lie nearer (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv
+1803.05407). What it brings is measured in docs/comparison.md. It is taken of everything that is trained, the logarithms
+of the quantizers' scales among it. What a mask has dropped is zero at every step, and so on average.
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ class Real(click.FloatRange):
 
     name = "number"
 
-    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number, or wrong usage."""
-        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]  # takes what the command line has
+        number = float(super().convert(value, param, ctx))
         if math.isnan(number):
             self.fail(f"{value} is not a number", param, ctx)
         return number

@@ -1,4 +1,4 @@
-"""Task data: local files (`nxm_export.data.readers`) or a GLUE task from the hub, to token batches.
+"""Task data: local files (`nxm_export.data.readers`) or a GLUE task from the hub, to samples of tokens.
 
 A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line.
 """

@@ -1,7 +1,8 @@
 """Data for the tasks that there is no annotated corpus of: ``python -m tools.experiments.silver_tasks QNLI_DEV_TSV
 OUT``.
 
-Writes a folder for each task, with ``train`` and ``dev`` (a quarter; no question is in both):
+Writes a folder for each task, with ``train`` and ``dev`` (a quarter; no question is in both, but a sentence may be,
+beside another question):
 
 * ``token-classification``: the names of `tools.experiments.silver_tags`;
 * ``multi-label``: which kinds of names a sentence has;

@@ -187,10 +187,13 @@ def test_what_a_function_returns_has_a_record(name: str) -> None:
 
 
 def test_a_search_takes_as_many_samples_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: dict[str, object] = {}
-    monkeypatch.setattr("compressors.search.plan_search.search", lambda model, **given: asked.update(given))
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "compressors.search.plan_search.search", lambda model, **given: asked.append(given["train_limit"])
+    )
     nxm.search("dense", train="train.tsv", out=tmp_path, train_limit=7)
-    assert asked["train_limit"] == 7
+    nxm.Model("dense", "classification").search("train.tsv", out=tmp_path, train_limit=8)
+    assert asked == [7, 8]
 
 
 def test_importing_loads_nothing_and_no_submodule_changes_a_public_name() -> None:

@@ -87,12 +87,13 @@ class TaskSection:
     images: list[str]
 
 
-# What docs/comparison.md compares: starts after training, with the last weights or their average, at a stronger pattern,
-# and without training.
+# What docs/comparison.md compares: starts after training, with the last weights or their average, at a stronger
+# pattern, and without training; and plans that were searched for, by the default and as before it.
 STARTS = ("admm-2:4+W4", "obs-refit-2:4+W4", "obs-2:4+W4", "magnitude-2:4+W4")
 AVERAGED = tuple(f"{row}-averaged" for row in STARTS)
 STRONGER = tuple(row.replace("2:4", "1:4") for row in AVERAGED)
 UNTRAINED = tuple(f"{row}-untrained" for row in STARTS)
+SEARCHED = ("searched-hw-87.5-by-admm-averaged", "searched-hw-87.5")
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
         ("Without those that defaults were chosen on (seed 0 of CoLA and of rotten tomatoes)", CHOSEN_ON),
     ):
         pool = Pool(tasks, without)
-        pairs = [pair for rows in (AVERAGED, STARTS, STRONGER, UNTRAINED) for pair in combinations(rows, 2)]
+        pairs = [pair for rows in (AVERAGED, STARTS, STRONGER, UNTRAINED, SEARCHED) for pair in combinations(rows, 2)]
         pairs += zip(AVERAGED, STARTS, strict=True)
         compared = [pool.compare(row, other) for row, other in pairs]
         differences = [_compared(comparison) for comparison in compared if comparison is not None]
@@ -321,7 +322,7 @@ def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
 
 
 def _retentions(pool: Pool) -> Iterable[list[str]]:
-    for row in (*AVERAGED, *STARTS, *STRONGER, *UNTRAINED):
+    for row in (*AVERAGED, *STARTS, *STRONGER, *UNTRAINED, *SEARCHED):
         retention = pool.retention(row)
         if retention is not None:
             below = {-1: "yes", 1: "no", 0: "undecided"}[retention.side(MARGIN)]

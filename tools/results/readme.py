@@ -30,7 +30,12 @@ class Shown:
 
 
 SHOWN = (
-    Shown("MiniLM-L6", "searched-hw-87.5", "a pattern and width per matrix, searched for 87.5 % (`--recipe obs`)"),
+    Shown(
+        "MiniLM-L6",
+        "searched-hw-87.5-by-admm-averaged",
+        "a pattern and width per matrix, searched for 87.5 % (`--search 0.875`)",
+    ),
+    Shown("MiniLM-L6", "searched-hw-87.5", "searched for 87.5 % by `--recipe obs`, with the last step's weights"),
     Shown("MiniLM-L6", "admm-2:4+W4-averaged", "2:4, 4-bit weights: the default, `admm`"),
     Shown("MiniLM-L6", "admm-2:4+W4", "the same with the last step's weights (`--average 0`)"),
     Shown("MiniLM-L6", "obs-2:4+W4", "the same by `--recipe obs`, with the last step's weights"),

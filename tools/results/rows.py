@@ -74,6 +74,7 @@ class Change:
 
 CHANGES = {  # by what a row's name ends in
     "admm": Change("masks by ADMM", {"recipe": "nxm"}),
+    "by-admm": Change("by layer-wise ADMM, also in the search's table", {"recipe": "admm"}),
     "unaugmented": Change("no distorted sentences", {"augment": 0.0}),
     "averaged": Change("weights averaged over the last tenth of the steps", {"average": 0.1}),
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
@@ -96,6 +97,7 @@ CHANGES = {  # by what a row's name ends in
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
     "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
+_RECIPES = ("admm", "by-admm")  # changes of the recipe by which a searched plan is trained
 _TRAINING = ("unaugmented", "averaged", "int8-outputs", "untrained")  # changes that baselines are measured with, too
 STANDARD = (
     "dense",
@@ -181,7 +183,7 @@ class Row:
     @property
     def is_plain(self) -> bool:
         """True if it changes nothing but what baselines change, too, and how the masks of a searched plan are found."""
-        return set(self.changes) <= {"admm", *_TRAINING}
+        return set(self.changes) <= {*_RECIPES, *_TRAINING}
 
     @property
     def moved(self) -> set[str]:
@@ -220,7 +222,7 @@ def row_named(name: str) -> Row:
         if plain.startswith(prefix) and counting in COUNTINGS and _is_percent(percent):
             by = "the paper's search" if method == "paper" else "searched"
             title = ", ".join([by, f"{percent} % by `{counting}`", *titles])
-            recipe = "nxm" if "admm" in changes else SEARCHED_RECIPE
+            recipe = next((CHANGES[name].settings["recipe"] for name in changes if name in _RECIPES), SEARCHED_RECIPE)
             return Row(name, title, recipe, None, (method, counting, float(percent) / 100), tuple(changes))
     for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
         if plain.startswith(f"{recipe}-"):

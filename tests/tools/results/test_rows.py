@@ -46,6 +46,9 @@ def test_all_is_every_standard_row_once() -> None:
     assert changed(Settings(), averaged, 384).average == Settings().average, "the rows that have the default"
     assert averaged.baseline == "magnitude-2:4+W4-averaged"
     assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
+    default = row_named("searched-hw-87.5-by-admm-averaged")
+    assert (default.recipe, default.search, default.is_plain) == ("admm", ("nxm", "hw", 0.875), True)
+    assert default.settings == {"recipe": "admm", "average": 0.1}
     former = row_named("searched-hw-90-unaugmented")
     assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")
     assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")

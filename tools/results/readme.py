@@ -35,13 +35,17 @@ SHOWN = (
         "searched-hw-87.5-by-admm-averaged",
         "a pattern and width per matrix, searched for 87.5 % (`--search 0.875`)",
     ),
-    Shown("MiniLM-L6", "searched-hw-87.5", "searched for 87.5 % by `--recipe obs`, with the last step's weights"),
-    Shown("MiniLM-L6", "admm-2:4+W4-averaged", "2:4, 4-bit weights: the default, `admm`"),
+    Shown(
+        "MiniLM-L6",
+        "searched-hw-87.5",
+        "a pattern and width per matrix, searched for 87.5 % by `obs`, with the last step's weights",
+    ),
+    Shown("MiniLM-L6", "admm-2:4+W4-averaged", "2:4, 4-bit weights, by the default recipe, `admm`"),
     Shown("MiniLM-L6", "admm-2:4+W4", "the same with the last step's weights (`--average 0`)"),
     Shown("MiniLM-L6", "obs-2:4+W4", "the same by `--recipe obs`, with the last step's weights"),
     Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same by `admm` without training (`--steps 0`)"),
     Shown("MiniLM-L6", "paper-2:4+W4", "the same by the paper's recipe"),
-    Shown("MPNet-base", "admm-2:4+W4-averaged", "2:4, 4-bit weights: the default, `admm`"),
+    Shown("MPNet-base", "admm-2:4+W4-averaged", "2:4, 4-bit weights, by the default recipe, `admm`"),
     Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights (`--recipe obs`), with the last step's weights"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -172,3 +173,10 @@ def test_every_optional_import_of_the_tests_is_in_the_dev_extra() -> None:
     assert extras["dev"][0] == "nxm-export[all]"
     named = set(extras["all"][0].removeprefix("nxm-export[").removesuffix("]").split(","))
     assert named == extras.keys() - {"all", "dev"}, "`all` names every extra"
+
+
+def test_the_page_on_installing_names_every_extra() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \|", page.partition("| extra | for |")[2], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([a-z-]+)`", row)]
+    assert sorted(named) == sorted(PROJECT["optional-dependencies"])

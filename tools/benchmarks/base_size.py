@@ -186,7 +186,7 @@ def section(record: Record) -> str:
         seconds=record["seconds"],
         peer=record["peer"],
         peers_variable=PEERS,
-        rounds=" ".join(str(row["rounds"]) for row in latency),
+        rounds=", ".join(str(row["rounds"]) for row in latency),
         shapes=[f"{row['batch']}x{row['sequence']}" for row in latency],
         latencies=latency_cells(latency, record["engine_bytes"]),
         speedups=speedup_cells(latency),

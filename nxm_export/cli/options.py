@@ -385,13 +385,14 @@ TRAINING_OPTIONS = options(*(setting_option(Settings, name) for name, _ in optio
 SEARCH_OPTIONS = options(
     *(setting_option(SearchSettings, name) for name, _ in options_of(SearchSettings) if name != "seed")
 )
-# Of the short runs, and of the compression run that the cost is compared with.
+# Of the table, the short runs, and the compression run that the cost is compared with.
 SEARCH_TRAINING_OPTIONS = options(
     setting_option(Settings, "max_length"),
     setting_option(
         Settings,
         "recipe",
-        help="Recipe of the short runs, and of the compression run that the cost is compared with; nxm is ADMM.",
+        help="Recipe that the plan is for: that of the table, of the short runs and of the compression run that the "
+        "cost is compared with.",
     ),
     setting_option(Settings, "epochs", help="Epochs of that compression run."),
     setting_option(Settings, "seed"),

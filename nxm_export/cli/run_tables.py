@@ -238,7 +238,7 @@ def _print_all(summary: RunSummary) -> None:
         ("counting", "compression", "what is counted"),
         [
             ("hw", f"{compression['hw']:.2%}", "2:4 as tensor cores store it, index and scales included"),
-            ("packed", f"{compression['packed']:.2%}", "smallest lossless file, index and scales included"),
+            ("packed", f"{compression['packed']:.2%}", "as nxm pack stores it, index and scales included"),
             ("values", f"{compression['values']:.2%}", "kept values alone, as papers count"),
         ],
     )

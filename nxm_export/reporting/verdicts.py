@@ -24,7 +24,7 @@ NO_DIFFERENCE = "no difference found"
 Piece = str | Shown
 COUNTED = {
     "hw": "2:4 as tensor cores store it, index and scales included",
-    "packed": "smallest lossless file, index and scales included",
+    "packed": "as nxm pack stores it, index and scales included",
     "values": "kept values alone, as papers count",
 }
 
@@ -141,7 +141,7 @@ def _size(run: Run) -> Verdict:
         return Verdict("size", title, ABSENT, "no plan", note="Nothing has been compressed in this run yet.")
     rows = [
         VerdictRow("stored as tensor cores read 2:4", (hw.shown("share"), " saved")),
-        VerdictRow("smallest lossless file", (packed.shown("share"), " saved")),
+        VerdictRow("stored as nxm pack does", (packed.shown("share"), " saved")),
         VerdictRow("kept values alone, as papers count", (values.shown("share"), " saved")),
     ]
     if run.plan is not None:

@@ -124,8 +124,8 @@ class Settings:
         default=None,
         metadata={
             OPTION: Option(
-                "Of compression.  [default: 1e-4; with --augment, 3e-4 unless masks come by admm or obs, less "
-                "for models wider than 384]",
+                "Of compression.  [default: 1e-4; with --augment or --more-text, 3e-4 unless masks come by admm or "
+                "obs, less for models wider than 384]",
                 above=0,
             )
         },

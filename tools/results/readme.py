@@ -30,6 +30,12 @@ class Shown:
 
 
 SHOWN = (
+    Shown("MiniLM-L6", "admm-2:4+W8-averaged", "2:4, 8-bit weights: what `nxm compress` does by itself"),
+    Shown("MiniLM-L6", "admm-2:4+W4-averaged", "2:4, 4-bit weights (`--weight-bits 4`)"),
+    Shown("MiniLM-L6", "obs-2:4+W4-averaged", "the same by `--recipe obs`"),
+    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same by `admm` without training (`--steps 0`)"),
+    Shown("MiniLM-L6", "paper-2:4+W4", "the same by the paper's recipe"),
+    Shown("MiniLM-L6", "admm-1:4+W4-averaged", "1:4, 4-bit weights"),
     Shown(
         "MiniLM-L6",
         "searched-hw-87.5-by-admm-averaged",
@@ -40,13 +46,8 @@ SHOWN = (
         "searched-hw-87.5",
         "a pattern and width per matrix, searched for 87.5 % by `obs`, with the last step's weights",
     ),
-    Shown("MiniLM-L6", "admm-2:4+W4-averaged", "2:4, 4-bit weights, by the default recipe, `admm`"),
-    Shown("MiniLM-L6", "admm-2:4+W4", "the same with the last step's weights (`--average 0`)"),
-    Shown("MiniLM-L6", "obs-2:4+W4", "the same by `--recipe obs`, with the last step's weights"),
-    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same by `admm` without training (`--steps 0`)"),
-    Shown("MiniLM-L6", "paper-2:4+W4", "the same by the paper's recipe"),
-    Shown("MPNet-base", "admm-2:4+W4-averaged", "2:4, 4-bit weights, by the default recipe, `admm`"),
-    Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights (`--recipe obs`), with the last step's weights"),
+    Shown("MPNet-base", "admm-2:4+W4-averaged", "2:4, 4-bit weights"),
+    Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights, by `obs`, with the last step's weights"),
 )
 
 

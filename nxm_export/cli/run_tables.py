@@ -82,7 +82,7 @@ def print_compression(title: str, metrics: CompressionMetrics, head: str) -> Non
     ]
     if metrics.more_text is not None:
         more = metrics.more_text
-        rows.append(("texts without labels", f"{more.texts}, in {more.share:.0%} of the places"))
+        rows.append(("texts without labels", f"{more.texts}, in {more.share:.0%} of the places but each batch's first"))
     if metrics.outputs_in_float:
         rows.append(("outputs in float", joined(short_names(list(metrics.outputs_in_float)))))
     if metrics.embedding_table_drop is not None:

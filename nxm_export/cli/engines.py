@@ -58,6 +58,7 @@ from nxm_export.contract.choices import (
     TOKEN_ENCODINGS,
 )
 from nxm_export.contract.origin import recorded_checkpoint
+from nxm_export.contract.plain_numbers import real_number
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import EngineError, NxmError
 
@@ -574,11 +575,8 @@ def doctor(
 
 
 def _share(text: str) -> float:
-    number = text.strip().removesuffix("%")
-    try:
-        value = float(number) / (100.0 if "%" in text else 1.0)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value <= 1.0:
-        raise click.BadParameter(f"{text!r} is not a share; write 60% or 0.6", param_hint="--require-sparse")
+    number = real_number(text.strip().removesuffix("%"))
+    value = None if number is None else number / (100.0 if "%" in text else 1.0)
+    if value is None or not 0.0 < value <= 1.0:
+        raise click.BadParameter(f"{text!r:.80} is not a share; write 60% or 0.6", param_hint="--require-sparse")
     return value

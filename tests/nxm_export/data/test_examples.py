@@ -290,9 +290,8 @@ def test_a_label_outside_the_classes_has_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("bad", "is not a number; is this a classification"),
-        ("inf", "is not a finite number"),
-        ("1e999", "is not a finite"),
+        ("bad", "is not a finite number in plain digits, such as 2.5; fix the row, or is this a classification"),
+        *((text, "is not a finite number") for text in ("inf", "Infinity", "1e999", "1_0", "１０", "0x1")),
     ],
 )
 def test_a_score_that_is_none_has_its_line(tmp_path: Path, label: str, message: str) -> None:

@@ -175,10 +175,23 @@ def _verdict(summary: RunSummary) -> list[str]:
     if (chosen := summary.chosen) is not None:
         engines += f" Kept: {chosen.name}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
+    mixed = _mixed_versions(summary)
     if low is None or high is None:
-        return [engines, f"{quality}."]
+        return [engines, f"{quality}.", *mixed]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return [engines, f"{quality}: {found}."]  # the interval stands in the table below
+    return [engines, f"{quality}: {found}.", *mixed]  # the interval stands in the table below
+
+
+def _mixed_versions(summary: RunSummary) -> list[str]:
+    """What versions of packages made a stage, where they are not those that compared and timed the engines."""
+    stages: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for stage, versions in summary.other_versions.items():
+        stages.setdefault(tuple(versions.items()), []).append(stage)
+    return [
+        f"Versions differ: {', '.join(names)} made by "
+        f"{', '.join(f'{package} {version} (now {summary.versions[package]})' for package, version in versions)}."
+        for versions, names in stages.items()
+    ]
 
 
 def _about_engines(summary: RunSummary) -> list[str]:

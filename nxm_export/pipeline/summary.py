@@ -18,6 +18,7 @@ from nxm_export.contract.records.checkpoint_metrics import (
     finite,
     read_metrics_of,
 )
+from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import (
     ChosenEngine,
     EngineParity,
@@ -32,6 +33,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, QUANTIZED, YARDSTICK
 from nxm_export.storage.json_files import convert
 from nxm_export.storage.run_dir import RunDir
+from nxm_export.storage.versions import installed_versions, other_versions
 
 if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
@@ -92,6 +94,8 @@ def summarize(
         chosen=chosen,
         sparse_verdicts={backend: bench.verdict for backend, bench in benches.items() if bench.verdict},
         training=_training(compressed),
+        versions=installed_versions(),
+        other_versions=_other_versions(directory),
         artifacts={
             "dense": "dense",
             "checkpoint": "checkpoint",
@@ -112,6 +116,14 @@ def summarized_files(directory: RunDir, engines: BuildResults) -> dict[str, Path
         "bench": directory.path("bench"),
         **{f"parity {name}": directory.path("compare", name, PARITY_FILE) for name in engines.compared},
     }
+
+
+def _other_versions(directory: RunDir) -> dict[str, dict[str, str]]:
+    """The versions that made a model, a graph or an engine of this run, where they are not those that are here now;
+    what was compared and timed was so by those."""
+    stages = {stage: record for stage, record in directory.manifest.stages.items() if stage != SUMMARY_DIRECTORY}
+    others = {stage: other_versions(record.versions, installed_versions()) for stage, record in stages.items()}
+    return {stage: versions for stage, versions in others.items() if versions}
 
 
 def _against_dense(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,30 @@ def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: Fini
     assert json.loads(again.stdout) == summary
     changed = {file for file, when in states(run).items() if before.get(file) != when}
     assert not {file for file in changed if Path(file).parts[0] not in ("logs", "run.log", ".lock")}, changed
+
+
+def test_a_run_that_other_versions_began_says_so_and_compares_again(
+    desk: Desk, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_few_rounds_here(monkeypatch)
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in ("dense", "compress", "compare ort-cpu-int8"):
+        manifest["stages"][stage]["versions"]["torch"] = "0.1"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before = states(run)
+    again = desk.nxm(*desk.arguments(run))
+    assert again.exit_code == 0, again.output
+    assert f"Versions differ: dense, compress made by torch 0.1 (now {version('torch')})." in again.stdout
+    after = states(run)
+    changed = {file.rpartition("/")[0] for file in before if after.get(file) != before[file]}
+    assert {"compare/ort-cpu-int8"} <= changed
+    assert not {"dense", "checkpoint", "onnx/cpu", "compare/ort-cpu-fp32"} & changed
+    shown = desk.nxm("show", str(run), "--json")
+    assert json.loads(shown.stdout)["other_versions"] == {"dense": {"torch": "0.1"}, "compress": {"torch": "0.1"}}
+    assert desk.nxm("report", str(run)).exit_code == 0
+    assert "made by different versions of torch" in (run / "report.html").read_text()
 
 
 def test_a_moved_run_shows_its_table_from_where_it_lies(desk: Desk, finished: Finished, tmp_path: Path) -> None:

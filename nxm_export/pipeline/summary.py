@@ -87,7 +87,7 @@ def summarize(
         parity={name: _parity(report) for name, report in reports.items()},
         latency_ms={name: timing for bench in benches.values() for name, timing in _latency(bench).items()},
         speedup=tuple(ratio for bench in benches.values() for ratio in _speedup(bench)),
-        onnx_bytes={name: directory.path("onnx", name, "model.onnx").stat().st_size for name in graphs},
+        onnx_bytes={name: _graph_bytes(directory.path("onnx", name)) for name in graphs},
         trt_rtx=_rtx_build(directory.path("engines", rtx)) if rtx else None,
         missing=dict(engines.missing),
         failed=dict(engines.failed),
@@ -116,6 +116,11 @@ def summarized_files(directory: RunDir, engines: BuildResults) -> dict[str, Path
         "bench": directory.path("bench"),
         **{f"parity {name}": directory.path("compare", name, PARITY_FILE) for name in engines.compared},
     }
+
+
+def _graph_bytes(directory: Path) -> int:
+    """Bytes of a graph, and of the file beside it that has its weights where they are too large for one."""
+    return sum(file.stat().st_size for file in directory.glob("model.onnx*"))
 
 
 def _other_versions(directory: RunDir) -> dict[str, dict[str, str]]:

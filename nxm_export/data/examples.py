@@ -28,7 +28,7 @@ from nxm_export.data.columns import (
     text_of,
 )
 from nxm_export.data.features import Features, Label, members, tokens_of
-from nxm_export.data.readers import FORMATS, read_rows, read_table
+from nxm_export.data.readers import FORMATS, no_file, read_rows, read_table
 from nxm_export.data.token_labels import erased_tokens, joined, piece_labels
 from nxm_export.data.tokenization import Encoding, Tokenizer, cut_at
 from nxm_export.errors import DataError, notice
@@ -154,7 +154,7 @@ def load_raw(
         columns = _glue_columns(source.lower(), columns)
     if not path.is_file():
         raise DataError(
-            f"{source}: no such file; give a {', '.join(FORMATS)} file or a GLUE task ({', '.join(GLUE_TASKS)})"
+            f"{source}: {no_file(path)}; give a {', '.join(FORMATS)} file or a GLUE task ({', '.join(GLUE_TASKS)})"
         )
     rows = list(read_rows(path) if tokens is not None else read_table(path))
     if not rows:

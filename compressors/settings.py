@@ -52,8 +52,9 @@ class Settings:
     """How long and how fast to train. Steps win over epochs where both are given.
 
     What is None depends on the task and the model: see `compressors.training.default_recipe`. `augment` is the share of
-    the training samples that are distorted ones, for the teacher alone to answer. An INT8 output that costs more than
-    `output_limit` by itself (`compressors.training.output_sensitivity`) stays in float; None: all are INT8.
+    distorted ones, for the teacher alone to answer, among the training samples but for the first of every batch. An
+    INT8 output that costs more than `output_limit` by itself (`compressors.training.output_sensitivity`) stays in
+    float; None: all are INT8.
     """
 
     recipe: str = field(
@@ -83,9 +84,9 @@ class Settings:
         default=None,
         metadata={
             OPTION: Option(
-                "Share of training samples with tokens dropped, replaced and swapped. Where there are any, the teacher "
-                "alone is "
-                "learned from.  [default: 0.7 for classification, else 0]",
+                "Share of training samples with tokens dropped, replaced and swapped, but for the first of every "
+                "batch. Where there are any, the teacher alone is learned from.  "
+                "[default: 0.7 for classification, else 0]",
                 least=0,
                 below=1,
             )

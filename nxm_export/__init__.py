@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
     from nxm_export.api.functions import (
-        Default,
-        PlanOptions,
         bench,
         bench_text,
         build,
@@ -60,6 +58,7 @@ if TYPE_CHECKING:
         verify,
     )
     from nxm_export.api.objects import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
+    from nxm_export.api.requests import Default, PlanOptions
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
     from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
@@ -112,8 +111,6 @@ _HOMES = {
         (
             *("run", "compress", "search", "export", "verify", "build", "compare", "bench", "bench_text", "predict"),
             *(
-                "PlanOptions",
-                "Default",
                 "finetune",
                 "pack",
                 "unpack",
@@ -130,6 +127,7 @@ _HOMES = {
         ),
         "nxm_export.api.functions",
     ),
+    **dict.fromkeys(("PlanOptions", "Default"), "nxm_export.api.requests"),
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
     **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.records.checkpoint_metrics"),
     **dict.fromkeys(

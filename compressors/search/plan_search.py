@@ -24,7 +24,7 @@ from compressors.process_setup import prepare_process
 from compressors.pruning.layer_inputs import require_enough_tokens
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.quantization.prepare_bake import prepare
-from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
+from compressors.search.plan_selection import Selection, Selector, Trial, WeightOptions, write_trials
 from compressors.search.sensitivity import (
     MOMENTS_IN_MEMORY,
     Batches,
@@ -93,10 +93,9 @@ def search(
     as a command line has it. Returns what ``search.json`` holds.
     """
     began = time.monotonic()
-    if settings.halving and not training.trains:
-        raise DataError("short runs (--halving) train, and the compression that is asked for does not; leave them out")
     prepare_process(training.threads)
     source, kind, out = resolve(model), task_named(task), Path(out)
+    require_searchable(source, settings, training)
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     replace_any = _require_replaceable(out)
@@ -137,6 +136,14 @@ def search(
         if not distributed.rank():  # only the first process writes
             _write(scratch, selection, finalists, selector.sensitivities, result)
     return result
+
+
+def require_searchable(source: ModelSource, settings: SearchSettings, training: Settings) -> None:
+    """Raise `PlanError` and `DataError` for what no search of a model of this form can find, whatever its weights and
+    its data are."""
+    if settings.halving and not training.trains:
+        raise DataError("short runs (--halving) train, and the compression that is asked for does not; leave them out")
+    WeightOptions(source.family, source.config, settings)
 
 
 def solver_of(recipe: str) -> Solver:

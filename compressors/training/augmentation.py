@@ -40,8 +40,9 @@ def augmented(
 ) -> tuple[list[Features], list[int]]:
     """(samples, order) in which about `share` of the places of `order` hold a distorted sample of their own.
 
-    The first of every batch stays as it is, unless it is the only one, so that no batch of several is without a label.
-    The result depends on the arguments only.
+    The first of every batch stays as it is, unless it is the only one, so that no batch of several is without a label:
+    of all places it is share * (1 - 1 / batch_size). What was measured was measured so. The result depends on the
+    arguments only.
     """
     rng = random.Random(seed)
     pool = [token for sample in features for token in sample["input_ids"][1:-1]]
@@ -63,7 +64,8 @@ def mixed(
 ) -> tuple[list[Features], list[int]]:
     """(samples with `more` behind them, order) in which about `share` of the places of `order` hold one of `more`.
 
-    All of `more` come once before any comes again. The first of every batch of several stays as it is, and in each
+    All of `more` come once before any comes again. The first of every batch of several stays as it is, as in
+    `augmented`, and in each
     stretch of `WINDOW` batches a longer text takes the place of a longer sample: batches are still of similar length.
     The result depends on the arguments only.
     """

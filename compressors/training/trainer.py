@@ -104,7 +104,8 @@ class PhaseData:
     """What the phases of a run share: the samples, and where and how they are trained on.
 
     Results and training checkpoints lie in `work_dir`. `output_kind` is the task's (`nxm_export.contract.tasks.Task`),
-    `augment` the share of distorted samples, `more_share` that of `more_text`, which have no labels
+    `augment` the share of distorted samples, `more_share` that of `more_text`, which have no labels, both but for the
+    first of every batch
     (`compressors.training.augmentation`).
     """
 

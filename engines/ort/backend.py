@@ -294,7 +294,7 @@ def _oldest(asked: str | None) -> tuple[int, int]:
     and older; raises `EngineError` for what is no version."""
     if asked is None:
         return _installed()
-    version = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\d{1,9})?", asked)
+    version = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\d{1,9})?", asked, re.ASCII)
     if version is None:
         raise EngineError(f"{asked!r} is no version of onnxruntime; give it as 1.19 or 1.19.2")
     return min(_installed(), (int(version[1]), int(version[2])))

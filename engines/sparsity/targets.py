@@ -58,7 +58,7 @@ _BUILDS = re.compile(
 )
 _RTX_RUNS_ON = ("7.5", "8.6", "8.9", "12.0", "12.1")  # its support matrix
 _MAJORS = {"trt": ("7", "8", "9", "10", "11"), "trt_rtx": ("1",)}
-_VERSION = re.compile(r"([1-9]\d*)(?:\.\d+){0,3}")
+_VERSION = re.compile(r"([1-9]\d*)(?:\.\d+){0,3}", re.ASCII)
 
 
 def sparsity_target(backend: str, version: str | None, gpu: str) -> SparsityTarget:

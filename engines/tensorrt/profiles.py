@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from engines.base import Binding, Profile, spec_of
 from engines.sample_inputs import nearest_shape
+from nxm_export.contract.plain_numbers import size_of
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
 from nxm_export.errors import EngineError
 
@@ -98,14 +99,11 @@ def profiles_from_lengths(
 def parse_profile(text: str) -> Profile:
     """The profile of ``8x128`` (best; everything below runs) or of ``1x1,8x128,32x512`` (minimum, optimum,
     maximum)."""
-    try:
-        shapes = [tuple(int(size) for size in part.lower().split("x")) for part in text.split(",")]
-    except ValueError:
-        shapes = []
-    pairs = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
+    shapes = [[size_of(side) for side in part.lower().split("x")] for part in text.split(",")]
+    pairs = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2 and shape[0] and shape[1]]
     if len(pairs) != len(shapes) or len(pairs) not in (1, 3):
         raise EngineError(
-            f"not a profile: {text!r}; write batch x sequence as 8x128, or minimum, optimum, maximum as "
+            f"not a profile: {text!r:.80}; write batch x sequence as 8x128, or minimum, optimum, maximum as "
             "1x1,8x128,32x512"
         )
     return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])

@@ -8,31 +8,37 @@ object (`PlanOptions`, ``Settings``, ``Columns``, ``BuildOptions``). Errors are 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.api.requests import (
+    DEFAULT,
+    Asked,
+    Default,
+    PlanOptions,
+    names_of,
+    pattern_of,
+    planned,
+    with_data,
+)
 from nxm_export.contract.choices import (
     BACKEND,
     BENCH_ROUNDS,
     COMPUTE_CAPABILITY,
     GATE,
     LOWERING,
-    PATTERN,
-    STORAGE,
     TARGET,
     TASK,
     TENSORRT_BACKENDS,
-    WEIGHT_BITS,
     WEIGHT_STORAGE,
 )
 from nxm_export.contract.origin import recorded_checkpoint
-from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.data.columns import Columns
 from nxm_export.data.more_text import MoreText
 from nxm_export.data.predictions import AnyPrediction
-from nxm_export.errors import EngineError, PlanError
+from nxm_export.errors import EngineError
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.progress import Progress, silent
 
@@ -62,40 +68,6 @@ if TYPE_CHECKING:
         GraphFacts,
         RunInspection,
     )
-    from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a uniform plan has beside pattern and bits.
-
-    `placement` says where activation quantizers stand (None: ``inputs-outputs``, where weights are quantized),
-    `residual` and `embedding` whether the residual connections and the word-embedding table are ``float`` or ``int8``,
-    `keep_dense` are globs of weights to leave alone (docs/concepts.md). Raises `PlanError` for one glob that is not
-    in a tuple.
-    """
-
-    placement: str | None = None
-    residual: str = STORAGE
-    embedding: str = STORAGE
-    keep_dense: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.keep_dense, str):
-            raise PlanError(f"keep_dense takes several globs; write ({self.keep_dense!r},)")
-
-
-class Default(Enum):
-    """`DEFAULT` stands for an argument that was not given, where None has a meaning of its own."""
-
-    DEFAULT = "default"
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-DEFAULT = Default.DEFAULT
 
 
 def run(
@@ -130,11 +102,11 @@ def run(
     """
     from nxm_export.pipeline.run import run as run_all
 
-    request, choice = _planned(
-        _Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+    request, choice = planned(
+        Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
     request = replace(
-        _with(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=_names(backend)
+        with_data(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=names_of(backend)
     )
     return run_all(request, out, choice, progress=progress)
 
@@ -161,11 +133,11 @@ def estimate(
     """What `run` would do, how long it would take here, roughly, and how large the results are; writes nothing."""
     from nxm_export.pipeline.estimate import estimate as estimate_run
 
-    request, choice = _planned(
-        _Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+    request, choice = planned(
+        Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
     request = replace(
-        _with(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=_names(backend)
+        with_data(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=names_of(backend)
     )
     return estimate_run(request, choice)
 
@@ -236,10 +208,12 @@ def compress(
     """
     from nxm_export.pipeline.run import compress_model
 
-    request, choice = _planned(
-        _Asked(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
+    request, choice = planned(
+        Asked(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
     )
-    return compress_model(_with(request, revision, train_limit, more_text), out, plan=choice.file, progress=progress)
+    return compress_model(
+        with_data(request, revision, train_limit, more_text), out, plan=choice.file, progress=progress
+    )
 
 
 def search(
@@ -321,7 +295,7 @@ def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> Veri
     """
     from nxm_export.graph.verifier import verify as verify_graph
 
-    return verify_graph(onnx_file(graph), pattern=_pattern(pattern))
+    return verify_graph(onnx_file(graph), pattern=pattern_of(pattern))
 
 
 def build(
@@ -559,124 +533,3 @@ def _paths(engines: str | Path | Sequence[str | Path]) -> list[str | Path]:
 def _require_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise EngineError(f"an engine runs on at least one thread, got {threads}; leave it out to time it as built")
-
-
-def _pattern(pattern: str | NMPattern | None) -> NMPattern | None:
-    return NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
-
-
-def _spec(pattern: str | NMPattern | None, weight_bits: int | None) -> WeightSpec:
-    spec = WeightSpec(_pattern(pattern), weight_bits, None if weight_bits is None else 8)
-    if spec.is_dense:
-        raise PlanError("pattern None and weight_bits None leave nothing to compress; give one of them")
-    return spec
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What `run`, `estimate` and `compress` were told about the plan, as they got it."""
-
-    pattern: str | NMPattern | Default | None
-    weight_bits: int | Default | None
-    plan: CompressionPlan | str | Path | None
-    search: float | SearchSettings | None
-    options: PlanOptions
-
-    def require_one(self) -> None:
-        """Raise `PlanError` where two of these say what a weight gets: one would win silently."""
-        from nxm_export.pipeline.run import require_plan_alone
-
-        uniform = {"pattern": self.pattern, "weight_bits": self.weight_bits}
-        given = [name for name, value in uniform.items() if not isinstance(value, Default)]
-        if self.search is not None:
-            require_plan_alone(self.search, [*(["plan"] if self.plan is not None else []), *given])
-            # A search takes places and table as they are asked for, where its settings do not say them.
-            whole = not _is_share(self.search) and self.options != PlanOptions()
-            partly = self.options.residual != STORAGE or bool(self.options.keep_dense)
-            require_plan_alone(self.search, ["options"] if whole or partly else [])
-        require_plan_alone(self.plan, [*given, *(["options"] if self.options != PlanOptions() else [])])
-
-    def spec(self) -> WeightSpec:
-        """What every weight gets where neither plan nor search says it; then nothing reads it."""
-        if self.plan is not None:
-            return WeightSpec()
-        return _spec(
-            PATTERN if isinstance(self.pattern, Default) else self.pattern,
-            WEIGHT_BITS if isinstance(self.weight_bits, Default) else self.weight_bits,
-        )
-
-
-def _planned(
-    asked: _Asked,
-    model: str | Path,
-    train: str | Path,
-    dev: str | Path,
-    task: str,
-    settings: Settings | None,
-    columns: Columns,
-) -> tuple[Request, PlanChoice]:
-    """The request, and where its plan comes from."""
-    from nxm_export.pipeline.plan_choice import PlanChoice
-
-    asked.require_one()
-    request = _request(model, train, dev, task, asked.spec(), settings, columns, asked.options)
-    choice = PlanChoice(asked.plan, _search_of(request, asked.search))
-    return replace(request, planned=choice.given), choice
-
-
-def _is_share(search: float | SearchSettings | None) -> bool:
-    return isinstance(search, (int, float)) and not isinstance(search, bool)
-
-
-def _search_of(request: Request, search: float | SearchSettings | None) -> SearchSettings | None:
-    """The settings of a search: those that were given, or of a share of bits that it saves.
-
-    Raises `PlanError` for anything else: it would be found out after fine-tuning alone."""
-    from compressors.search.settings import SearchSettings
-    from nxm_export.pipeline.plan_choice import search_for
-
-    if search is None or isinstance(search, SearchSettings):
-        return search
-    if not _is_share(search):
-        raise PlanError(
-            f"search is the share of bits that a plan saves, such as 0.875, or a SearchSettings; got {search!r}"
-        )
-    return search_for(request, search)
-
-
-def _names(backend: str | Sequence[str]) -> tuple[str, ...]:
-    return (backend,) if isinstance(backend, str) else tuple(backend)
-
-
-def _request(
-    model: str | Path,
-    train: str | Path,
-    dev: str | Path,
-    task: str,
-    spec: WeightSpec,
-    settings: Settings | None,
-    columns: Columns,
-    options: PlanOptions,
-) -> Request:
-    """The request of a run. Eight parameters: the choices that `run`, `estimate` and `compress` share, as they got
-    them."""
-    from compressors.settings import Settings
-    from nxm_export.pipeline.run import Request
-
-    return Request(
-        model=str(model),
-        task=task,
-        train=str(train),
-        dev=str(dev),
-        spec=spec,
-        settings=settings or Settings(),
-        columns=columns,
-        placement=options.placement,
-        residual=options.residual,
-        embedding=options.embedding,
-        keep_dense=options.keep_dense,
-    )
-
-
-def _with(request: Request, revision: str | None, train_limit: int | None, more_text: MoreText | None) -> Request:
-    return replace(request, revision=revision, train_limit=train_limit, more_text=more_text)

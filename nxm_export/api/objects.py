@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
 from nxm_export.api import functions
+from nxm_export.api.requests import DEFAULT, Default, PlanOptions
 from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET, WEIGHT_STORAGE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
@@ -53,12 +54,12 @@ class Model(Generic[P_co]):
         *,
         dev: str | Path,
         out: str | Path,
-        pattern: str | NMPattern | functions.Default | None = functions.DEFAULT,
-        weight_bits: int | functions.Default | None = functions.DEFAULT,
+        pattern: str | NMPattern | Default | None = DEFAULT,
+        weight_bits: int | Default | None = DEFAULT,
         plan: CompressionPlan | str | Path | None = None,
         settings: Settings | None = None,
         columns: Columns = Columns(),
-        options: functions.PlanOptions = functions.PlanOptions(),
+        options: PlanOptions = PlanOptions(),
         train_limit: int | None = None,
         more_text: MoreText | None = None,
         progress: Progress = silent,

@@ -16,7 +16,7 @@ except NxmError as error:
     sys.exit(f"nxm: {error}")
 
 
-from nxm_export.cli import engines, graphs, predicting, reports, serving, training  # noqa: F401  (their commands join the group)
+from nxm_export.cli import building, engines, graphs, predicting, reports, serving, timing, training  # noqa: F401  (their commands join the group)
 from nxm_export.cli.group import main
 
 __all__ = ["main"]

@@ -25,6 +25,7 @@ from nxm_export.contract.choices import (
     WEIGHT_BITS,
 )
 from nxm_export.contract.options import Option, options_of
+from nxm_export.contract.plain_numbers import real_number, size_of, whole_number
 from nxm_export.contract.plan import PLACEMENTS, NMPattern
 from nxm_export.contract.tasks import TASKS
 from nxm_export.contract.token_budget import BATCH_TOKENS_HELP, MAX_BATCH_TOKENS
@@ -55,36 +56,56 @@ class Decorator(Protocol):
 
 
 class Whole(click.IntRange):
-    """A whole number in a range; click's own word for it is long."""
+    """A whole number in a range, in plain digits (`nxm_export.contract.plain_numbers`)."""
 
     name = "integer"
 
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, or wrong usage."""
+        number = whole_number(value) if isinstance(value, str) else value
+        if number is None:
+            self.fail(f"{value!r:.80} is not a whole number in plain digits", param, ctx)
+        return int(super().convert(number, param, ctx))
+
 
 class Real(click.FloatRange):
-    """A number in a range; NaN is in none."""
+    """A finite number in a range, in plain digits; with `limitless` also ``inf``, which is no limit."""
 
     name = "number"
 
-    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def __init__(
+        self,
+        min: float | None = None,
+        max: float | None = None,
+        *,
+        min_open: bool = False,
+        max_open: bool = False,
+        limitless: bool = False,
+    ) -> None:
+        super().__init__(min, max, min_open=min_open, max_open=max_open)
+        self._limitless = limitless
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number, or wrong usage."""
-        number = float(super().convert(value, param, ctx))
-        if math.isnan(number):
-            self.fail(f"{value} is not a number", param, ctx)
-        return number
+        if self._limitless and str(value) == "inf":
+            return math.inf
+        number = real_number(value) if isinstance(value, str) else value
+        if number is None:
+            self.fail(f"{value!r:.80} is not a finite number in plain digits", param, ctx)
+        return float(super().convert(number, param, ctx))
 
 
 class Positive(FloatType):
-    """A finite number above 0."""
+    """A finite number above 0, in plain digits."""
 
     name = "number"
 
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number, or wrong usage."""
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not (math.isfinite(number) and number > 0):
+        number = real_number(value) if isinstance(value, str) else value
+        if number is None:
+            self.fail(f"{value!r:.80} is not a finite number in plain digits", param, ctx)
+        if not number > 0:
             self.fail(f"{value} is not a positive number", param, ctx)
         return number
 
@@ -256,7 +277,8 @@ MORE_TEXT_OPTIONS = options(
         "--more-text-share",
         type=Real(0, 1, min_open=True, max_open=True),
         metavar="SHARE",
-        help="Share of the samples of training that --more-text makes up.  [default: 0.5]",
+        help="Share of the samples of training that --more-text makes up, but for the first of every batch.  "
+        "[default: 0.5]",
     ),
 )
 DATA_OPTIONS = options(
@@ -355,11 +377,17 @@ def _click_type(entry: Option, kind: type) -> OptionType:
         return Whole(least, most)
     if kind is float and entry.above == 0 and entry.below is None:
         return Positive()
-    if kind is not str and (entry.least, entry.most, entry.above, entry.below) != (None,) * 4:
+    if kind is not str:
         low = _bound(entry.least if entry.above is None else entry.above, entry.scale)
         high = _bound(entry.most if entry.below is None else entry.below, entry.scale)
-        return Real(low, high, min_open=entry.above is not None, max_open=entry.below is not None)
-    return click.STRING if kind is str else click.FLOAT
+        return Real(
+            low,
+            high,
+            min_open=entry.above is not None,
+            max_open=entry.below is not None,
+            limitless=entry.infinity_is_none,
+        )
+    return click.STRING
 
 
 def _bound(bound: float | None, scale: float) -> float | None:
@@ -374,11 +402,11 @@ def _listed(text: str, kind: type) -> tuple[object, ...]:
     parts = [part.strip() for part in text.split(",")]
     if kind is str:
         return tuple(parts)
-    try:
-        return tuple(kind(part) for part in parts if part)
-    except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise PlanError(f"{text!r} is not a list of {what} separated by commas") from error
+    numbers = [whole_number(part) if kind is int else real_number(part) for part in parts if part]
+    if None in numbers:
+        what = "whole numbers" if kind is int else "finite numbers"
+        raise PlanError(f"{text!r:.80} is not a list of {what} separated by commas")
+    return tuple(numbers)
 
 
 TRAINING_OPTIONS = options(*(setting_option(Settings, name) for name, _ in options_of(Settings)))
@@ -433,10 +461,12 @@ def _label_map(text: str) -> dict[str, str]:
 
 def shape_of(text: str) -> tuple[int, int]:
     """(batch, sequence) of a text such as 8x128."""
-    batch, separator, sequence = text.lower().partition("x")
-    if not separator or not batch.isdecimal() or not sequence.isdecimal() or not int(batch) or not int(sequence):
-        raise click.BadParameter(f"{text!r} is not a shape; write batch x sequence, as in 8x128", param_hint="--shape")
-    return int(batch), int(sequence)
+    batch, sequence = (size_of(part) for part in text.lower().partition("x")[::2])
+    if batch is None or sequence is None:
+        raise click.BadParameter(
+            f"{text!r:.80} is not a shape; write batch x sequence, as in 8x128", param_hint="--shape"
+        )
+    return batch, sequence
 
 
 def pattern_of(text: str) -> NMPattern:
@@ -449,7 +479,7 @@ def pattern_of(text: str) -> NMPattern:
 
 def numbers_of(text: str, option: str, what: str) -> tuple[int, ...]:
     """Whole numbers above 0, separated by commas; each once, as it was given first."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise click.BadParameter(f"{text!r} are no {what}; write them as in 8,16,32", param_hint=option)
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    numbers = [size_of(part) for part in text.split(",")]
+    if None in numbers:
+        raise click.BadParameter(f"{text!r:.80} are no {what}; write them as in 8,16,32", param_hint=option)
+    return tuple(dict.fromkeys(number for number in numbers if number is not None))

@@ -82,7 +82,7 @@ def print_compression(title: str, metrics: CompressionMetrics, head: str) -> Non
     ]
     if metrics.more_text is not None:
         more = metrics.more_text
-        rows.append(("texts without labels", f"{more.texts}, in {more.share:.0%} of the places"))
+        rows.append(("texts without labels", f"{more.texts}, in {more.share:.0%} of the places but each batch's first"))
     if metrics.outputs_in_float:
         rows.append(("outputs in float", joined(short_names(list(metrics.outputs_in_float)))))
     if metrics.embedding_table_drop is not None:
@@ -175,10 +175,23 @@ def _verdict(summary: RunSummary) -> list[str]:
     if (chosen := summary.chosen) is not None:
         engines += f" Kept: {chosen.name}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
+    mixed = _mixed_versions(summary)
     if low is None or high is None:
-        return [engines, f"{quality}."]
+        return [engines, f"{quality}.", *mixed]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return [engines, f"{quality}: {found}."]  # the interval stands in the table below
+    return [engines, f"{quality}: {found}.", *mixed]  # the interval stands in the table below
+
+
+def _mixed_versions(summary: RunSummary) -> list[str]:
+    """What versions of packages made a stage, where they are not those that compared and timed the engines."""
+    stages: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for stage, versions in summary.other_versions.items():
+        stages.setdefault(tuple(versions.items()), []).append(stage)
+    return [
+        f"Versions differ: {', '.join(names)} made by "
+        f"{', '.join(f'{package} {version} (now {summary.versions[package]})' for package, version in versions)}."
+        for versions, names in stages.items()
+    ]
 
 
 def _about_engines(summary: RunSummary) -> list[str]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -329,14 +330,38 @@ def has_head(path: Path, config: Mapping[str, object], task: Task) -> bool:
     return served is not None and served in (task.name, task.serves)
 
 
+def float32_bytes(path: Path) -> int:
+    """Bytes of all tensors of a (possibly sharded) safetensors model in float32, as it is trained and saved here,
+    whatever the file has; 0 where there are no weights. Raises `ArtifactError` for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    values = 0
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                values += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"{file}: cannot be read ({error}); the file is truncated or not safetensors"
+            ) from error
+    return 4 * values
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights: one, or its shards."""
+    if (path / WEIGHTS_FILE).is_file():
+        return [path / WEIGHTS_FILE]
+    return sorted(file for file in path.glob("*.safetensors") if file.name != SCALES_FILE)
+
+
 def weights_hash(path: Path) -> str:
     """sha256 over the weight files of a model directory, as hex: what a graph names as the weights it was made from."""
     if (path / WEIGHTS_FILE).is_file():
         return file_hash(path / WEIGHTS_FILE)
-    shards = sorted(file.name for file in path.glob("*.safetensors") if file.name != SCALES_FILE)
+    shards = _weight_files(path)
     if not shards:
         raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
-    return hashlib.sha256("".join(file_hash(path / name) for name in shards).encode()).hexdigest()
+    return hashlib.sha256("".join(file_hash(file) for file in shards).encode()).hexdigest()
 
 
 def _shard_of(path: Path, name: str) -> Path:

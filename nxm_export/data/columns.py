@@ -5,6 +5,7 @@ A label counts without the spaces around it, and a whole number is the same clas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,12 +120,15 @@ def label_text(row: DataRow, column: str, place: str) -> str:
     value = value_of(row, column, place)
     if not isinstance(value, (str, int, float)):
         raise DataError(f"{place}: label {value!r} is neither a name nor a number")
+    if isinstance(value, float) and math.isinf(value):
+        raise DataError(f"{place}: label {value} is no finite number, or too large for one; fix the row")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
     _require_characters(text, column, place)
-    if text.endswith(".0") and is_integer(text[:-2]):
-        text = text[:-2]
+    whole, point, zeros = text.partition(".")
+    if point and not zeros.strip("0") and is_integer(whole):
+        text = whole
     if not text or text.lower() == "nan":
         raise DataError(f"{place}: the label is missing ({value!r}); fix the row or remove it")
     return text

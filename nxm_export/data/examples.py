@@ -5,7 +5,6 @@ A file is read once into `Examples` (texts and labels, in file order), with ever
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from nxm_export.contract.plain_numbers import real_number
 from nxm_export.data.columns import (
     LABEL_COLUMNS,
     TAG_COLUMNS,
@@ -28,7 +28,7 @@ from nxm_export.data.columns import (
     text_of,
 )
 from nxm_export.data.features import Features, Label, members, tokens_of
-from nxm_export.data.readers import FORMATS, read_rows, read_table
+from nxm_export.data.readers import FORMATS, no_file, read_rows, read_table
 from nxm_export.data.token_labels import erased_tokens, joined, piece_labels
 from nxm_export.data.tokenization import Encoding, Tokenizer, cut_at
 from nxm_export.errors import DataError, notice
@@ -154,7 +154,7 @@ def load_raw(
         columns = _glue_columns(source.lower(), columns)
     if not path.is_file():
         raise DataError(
-            f"{source}: no such file; give a {', '.join(FORMATS)} file or a GLUE task ({', '.join(GLUE_TASKS)})"
+            f"{source}: {no_file(path)}; give a {', '.join(FORMATS)} file or a GLUE task ({', '.join(GLUE_TASKS)})"
         )
     rows = list(read_rows(path) if tokens is not None else read_table(path))
     if not rows:
@@ -195,7 +195,7 @@ def class_names(train: RawExamples) -> list[str]:
             f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label-column "
             "the right one?"
         )
-    fractions = all(_is_number(name) for name in names) and not all(is_integer(name) for name in names)
+    fractions = all(real_number(name) is not None for name in names) and not all(is_integer(name) for name in names)
     if len(names) > _MANY_CLASSES and (fractions or len(train.labels) < 2 * len(names)):
         raise DataError(
             f"{train.source}: {len(names)} different labels in {len(train.labels)} rows; is this a regression (--task "
@@ -238,14 +238,12 @@ def scores_of(raw: RawExamples) -> list[float]:
     """Label texts as regression scores; anything that is not a finite number is a `DataError` with its line."""
     scores = []
     for label, place in zip(map(_one_text, raw.labels), raw.places, strict=True):
-        try:
-            score = float(label)
-        except ValueError as error:
+        score = real_number(label)
+        if score is None:
             raise DataError(
-                f"{place}: label {label!r} is not a number; is this a classification (--task classification)?"
-            ) from error
-        if not math.isfinite(score):
-            raise DataError(f"{place}: label {label!r} is not a finite number; fix the row")
+                f"{place}: label {label!r:.80} is not a finite number in plain digits, such as 2.5; fix the row, or is "
+                "this a classification (--task classification)?"
+            )
         scores.append(score)
     return scores
 
@@ -302,14 +300,6 @@ def _token_labels(
             "zero-width ones; they are scored as if the model said O"
         )
     return made
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _glue_file(task: str, split: str) -> Path:

@@ -30,7 +30,7 @@ from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer, context
 from nxm_export.data.columns import Columns, DataRow, is_integer, require_distinct, text_of
 from nxm_export.data.examples import Examples, RawExamples
 from nxm_export.data.features import Features, members, tokens_of
-from nxm_export.data.readers import format_of, opened, read_table
+from nxm_export.data.readers import format_of, no_file, opened, read_table
 from nxm_export.data.tokenization import Encoding, Tokenizer
 from nxm_export.errors import DataError, notice
 from nxm_export.storage.json_files import parse_json
@@ -50,7 +50,7 @@ def load_questions(source: str, columns: Columns, *, answered: bool = True) -> R
     """
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"{source}: no such file; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
+        raise DataError(f"{source}: {no_file(path)}; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
     rows = _squad_rows(path, answered) if format_of(path) == ".json" else None
     if rows is None:
         rows = [_question_in(row, columns, place, answered) for place, row in read_table(path)]

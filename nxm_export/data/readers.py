@@ -46,6 +46,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def no_file(path: Path) -> str:
+    """What is at a path that is no file, for an error."""
+    return "a directory, not a file" if path.is_dir() else "not a file" if path.exists() else "no such file"
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """(place, row) of a data file; the place is ``file:line``. Raises `DataError`."""
     suffix = format_of(path)
@@ -242,8 +247,12 @@ def _parquet_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict[str,
         ) from error
     source = io.BytesIO(stream.read()) if path.suffix.lower() == _PACKED else path
     try:
-        rows = parquet.read_table(source).to_pylist()
+        names = list[str](parquet.ParquetFile(source).schema_arrow.names)
+        twice = [name for name in names if names.count(name) > 1]
+        rows = [] if twice else parquet.read_table(source).to_pylist()
     except Exception as error:  # pyarrow raises several kinds for a damaged file
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    if twice:
+        raise DataError(f"{path}: column {min(twice)!r} is named twice; give every column a name of its own")
     for number, row in enumerate(rows):
         yield f"{path}: row {number}", row

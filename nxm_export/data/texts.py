@@ -15,7 +15,7 @@ from nxm_export.data.columns import (
 )
 from nxm_export.data.examples import column_names
 from nxm_export.data.question_answering import load_questions
-from nxm_export.data.readers import FORMATS, format_of, read_rows, read_table
+from nxm_export.data.readers import FORMATS, format_of, no_file, read_rows, read_table
 from nxm_export.data.token_labels import joined
 from nxm_export.errors import DataError
 
@@ -30,7 +30,7 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
     """
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"{source}: no such file; give a {', '.join(FORMATS)} file with the texts")
+        raise DataError(f"{source}: {no_file(path)}; give a {', '.join(FORMATS)} file with the texts")
     if task.output_kind == "span":
         return _questions(path, columns)
     rows = list(read_rows(path) if task.label == "tags" else read_table(path))

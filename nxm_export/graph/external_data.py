@@ -8,10 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nxm_export.errors import ArtifactError, EngineError
-from nxm_export.graph.reading.graph_weights import hash_before_reading
+from nxm_export.graph.reading.graph_weights import PROTOBUF_LIMIT, hash_before_reading
 from nxm_export.storage.hashing import HashedFiles
-
-_PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
 
 
 def has_external_data(model: ir.Model) -> bool:
@@ -40,17 +38,22 @@ def graph_files(model: ir.Model, file: Path) -> HashedFiles:
     return files
 
 
+def require_one_file(size: int, source: str, way_out: str) -> None:
+    """Raise `EngineError` with `way_out` for a graph whose weights, of `size` bytes, do not fit into one ONNX file."""
+    if size > PROTOBUF_LIMIT:
+        raise EngineError(
+            f"{source}: its weights have {size / 1e9:.1f} GB, and an engine for the CPU is one ONNX file, "
+            f"which holds {PROTOBUF_LIMIT / 1e9:.1f} GB; {way_out}"
+        )
+
+
 def save_in_one_file(model: ir.Model, file: Path, source: Path) -> None:
     """Write an ONNX file that needs no other; `model` was read from `source`, and holds its weights afterwards.
 
     Raises `EngineError` where they do not fit into one file, and `ArtifactError` where they cannot be read.
     """
     size = sum(tensor.nbytes for tensor in _tensors(model))
-    if size > _PROTOBUF_LIMIT:
-        raise EngineError(
-            f"{source}: its weights have {size / 1e9:.1f} GB, and an engine directory has one ONNX file, which holds "
-            f"{_PROTOBUF_LIMIT / 1e9:.1f} GB; build with a TensorRT backend, or make the model smaller"
-        )
+    require_one_file(size, str(source), "build with a TensorRT backend, or make the model smaller")
     try:
         ir.external_data.load_to_model(model)
         for node in model.graph.all_nodes():

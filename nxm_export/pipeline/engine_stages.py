@@ -65,6 +65,7 @@ def build_engines(directory: RunDir, engines: Sequence[RunEngine], progress: Pro
                 inputs={"onnx": directory.path("onnx", engine.graph)},
                 options=_recorded(engine),
                 kept_log=LOG_FILE,
+                by_these_versions=True,
             )
             made[engine.name] = engine.graph
         except EngineUnavailable as error:
@@ -124,6 +125,7 @@ def compare_built(
                 work,
                 inputs={source: directory.path(source), "passport": engine / "passport.json"},
                 options={"samples": samples},
+                by_these_versions=True,
             )
         except EngineUnavailable as error:
             missing[name] = f"built, not run: {error}"
@@ -157,7 +159,7 @@ def bench_built(directory: RunDir, engines: Sequence[RunEngine], progress: Progr
     options: dict[str, object] = {"shapes": shapes[BENCH_FILE], "rounds": ROUNDS}
     if len(groups) > 1:
         options["shapes on a GPU"] = _fitted(_GPU_SHAPES, limit)
-    directory.stage("bench", "bench", work, inputs=inputs, options=options)
+    directory.stage("bench", "bench", work, inputs=inputs, options=options, by_these_versions=True)
 
 
 def _fitted(shapes: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
@@ -223,6 +225,7 @@ def _fastest(directory: RunDir, engines: Mapping[str, str]) -> tuple[str, str]:
         "choice",
         lambda scratch: (scratch / CHOICE_FILE).write_text(in_own_process(__name__, *pairs), encoding="utf-8"),
         inputs={name: directory.path("engines", name, "passport.json") for name in engines.values()},
+        by_these_versions=True,
     )
     file = directory.path("choice", CHOICE_FILE)
     choice = read_record(file, Choice, schema=SCHEMA, way_out="run the same `nxm run` again")

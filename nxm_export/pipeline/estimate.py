@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.checkpoint import float32_bytes
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.quantizer_placement import droppable_outputs
@@ -16,6 +16,7 @@ from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, rea
 from nxm_export.data.more_text import read_more_text
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import notice
+from nxm_export.pipeline.early_refusals import require_possible
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 from nxm_export.pipeline.run_engines import engines_of, graphs_of, run_backends
 from nxm_export.pipeline.summary import kind_of
@@ -89,6 +90,7 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
     backends = run_backends(request.backends)
     source = resolve(request.model, request.revision)
     plan = first_plan(request, source, choice.file)
+    require_possible(request, source, choice)
     graphs = graphs_of(backends, kind_of(plan))
     engines = engines_of(backends, kind_of(plan), [*graphs])
     task = task_named(request.task)
@@ -110,7 +112,7 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
     steps = settings.steps if settings.steps is not None else round(settings.epochs * count / settings.batch_size)
     steps = steps if settings.trains else 0
     seconds, forward = steps * step * _COMPRESS_FACTOR, flops_per_sample / speed
-    weights = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
+    weights = float32_bytes(source.path)
     return RunEstimate(
         train_samples=count,
         dev_samples=dev_samples,

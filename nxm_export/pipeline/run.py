@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxm_export.contract.checkpoint import open_checkpoint, read_config, task_at
+from nxm_export.contract.checkpoint import float32_bytes, open_checkpoint, read_config, task_at
 from nxm_export.contract.choices import INT4_BITS, PLACEMENT, STORAGE, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
@@ -31,6 +31,7 @@ from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.columns import Columns
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError, EngineUnavailable, PlanError, notice
+from nxm_export.pipeline.early_refusals import require_more_text, require_possible
 from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose_engine, compare_built, drop_others
 from nxm_export.pipeline.estimate import saved_bytes
@@ -148,6 +149,7 @@ def run(
         source = resolve(request.model, request.revision)
         require_apart(directory.root, source.path)
         plan = first_plan(request, source, choice.file)
+        require_possible(request, source, choice)
         _require_space(directory.root, source, plan, backends)
         _say(_head_notice(request, source))
         _finetune(directory, request, source.path, progress)
@@ -198,6 +200,7 @@ def compress_model(
     files += request.more_text.files if request.more_text else ()
     require_apart(out, source.path, request.train, request.dev, *files, within=False)
     plan = first_plan(request, source, plan)
+    require_more_text(request, source)
     model = source.path
     if not source.head_fits(task_named(request.task)):
         if world_size() > 1:
@@ -249,7 +252,7 @@ def _say(text: str | None) -> None:
 
 def _require_space(root: Path, source: ModelSource, plan: CompressionPlan, backends: RunBackends) -> None:
     """Raise `ArtifactError` where the disk has no room for what a run keeps: two models, its graphs and its engines."""
-    weights = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    weights = float32_bytes(source.path)
     compressed = weights - saved_bytes(plan, source, WEIGHT_STORAGE)  # that of trt may have INT8
     graphs = graphs_of(backends, kind_of(plan))
     files = [*graphs, *(engine.graph for engine in engines_of(backends, kind_of(plan), [*graphs]))]
@@ -404,10 +407,13 @@ def _export(
     progress: Progress,
 ) -> list[str]:
     """Export every graph of the run that the plan allows; returns their names."""
-    from nxm_export.graph.exporter import export, target_named
+    from nxm_export.graph.exporter import INT8_ATTENTION_TOKENS, export, target_named
     from nxm_export.graph.int4_storage import int4_weights
 
     made = []
+    checkpoint = open_checkpoint(directory.path("checkpoint"))
+    spec = IOSpec.of(checkpoint.path, checkpoint.config, checkpoint.family, task_named(request.task))
+    length = spec.max_length
     for number, (name, graph) in enumerate(graphs.items()):
         source, target, placement = graph.source, graph.target, graph.placement
         if placement == "inputs-outputs" and placement_of(plan) in ("float", "inputs", "products"):
@@ -424,9 +430,14 @@ def _export(
             directory.path(source),
             target=target,
             task=request.task,
-            placement=placed,
+            placement=placement,  # None: all that was trained, of INT8 attention as far as it goes
             weights_stored=stored,
         )
+        if placement is None and placed in INT8_ATTENTION and length > INT8_ATTENTION_TOKENS:
+            notice(
+                f"onnx/{name} computes attention in float: INT8 attention is for at most {INT8_ATTENTION_TOKENS} "
+                f"tokens, and this model takes {length}"
+            )
         options: dict[str, object] = {"target": target, "placement": placed, "task": request.task}
         if stored != WEIGHT_STORAGE:  # named where it is no default: runs from before it need no export again
             options["weights_stored"] = stored

@@ -18,6 +18,7 @@ from nxm_export.contract.records.checkpoint_metrics import (
     finite,
     read_metrics_of,
 )
+from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import (
     ChosenEngine,
     EngineParity,
@@ -32,6 +33,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, QUANTIZED, YARDSTICK
 from nxm_export.storage.json_files import convert
 from nxm_export.storage.run_dir import RunDir
+from nxm_export.storage.versions import installed_versions, other_versions
 
 if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
@@ -85,13 +87,15 @@ def summarize(
         parity={name: _parity(report) for name, report in reports.items()},
         latency_ms={name: timing for bench in benches.values() for name, timing in _latency(bench).items()},
         speedup=tuple(ratio for bench in benches.values() for ratio in _speedup(bench)),
-        onnx_bytes={name: directory.path("onnx", name, "model.onnx").stat().st_size for name in graphs},
+        onnx_bytes={name: _graph_bytes(directory.path("onnx", name)) for name in graphs},
         trt_rtx=_rtx_build(directory.path("engines", rtx)) if rtx else None,
         missing=dict(engines.missing),
         failed=dict(engines.failed),
         chosen=chosen,
         sparse_verdicts={backend: bench.verdict for backend, bench in benches.items() if bench.verdict},
         training=_training(compressed),
+        versions=installed_versions(),
+        other_versions=_other_versions(directory),
         artifacts={
             "dense": "dense",
             "checkpoint": "checkpoint",
@@ -112,6 +116,19 @@ def summarized_files(directory: RunDir, engines: BuildResults) -> dict[str, Path
         "bench": directory.path("bench"),
         **{f"parity {name}": directory.path("compare", name, PARITY_FILE) for name in engines.compared},
     }
+
+
+def _graph_bytes(directory: Path) -> int:
+    """Bytes of a graph, and of the file beside it that has its weights where they are too large for one."""
+    return sum(file.stat().st_size for file in directory.glob("model.onnx*"))
+
+
+def _other_versions(directory: RunDir) -> dict[str, dict[str, str]]:
+    """The versions that made a model, a graph or an engine of this run, where they are not those that are here now;
+    what was compared and timed was so by those."""
+    stages = {stage: record for stage, record in directory.manifest.stages.items() if stage != SUMMARY_DIRECTORY}
+    others = {stage: other_versions(record.versions, installed_versions()) for stage, record in stages.items()}
+    return {stage: versions for stage, versions in others.items() if versions}
 
 
 def _against_dense(

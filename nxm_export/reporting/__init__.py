@@ -16,6 +16,7 @@ from nxm_export.storage.atomic import require_new, write_atomic
 require_own_packages()  # what is in here imports `compressors` and `engines`
 
 REPORT_FILE = "report.html"
+_PAGES = (".html", ".htm", ".md")
 
 
 def report(
@@ -29,6 +30,7 @@ def report(
     """
     if out is not None:
         require_new(out, force=force)  # before anything is read or drawn
+        _require_no_source(Path(out), run, *([] if search is None else [search]))
     from nxm_export.reporting.page import render
     from nxm_export.reporting.plots import pictures
     from nxm_export.reporting.run_facts import read_run
@@ -52,9 +54,17 @@ def card(
     file says them. Raises `ArtifactError` when `source` is none of these; needs jinja2 (``nxm-export[report]``).
     """
     require_new(out, force=force)
+    _require_no_source(Path(out), source)
     from nxm_export.reporting.hub_card import Origins, render
 
     return _write(Path(out), render(Path(source), Origins(base_model, license)))
+
+
+def _require_no_source(out: Path, *sources: str | Path) -> None:
+    """Raise `ArtifactError` where `out` is a file of what a page is about, and no page itself: `force` is for pages."""
+    inside = any(Path(source).resolve() in out.resolve().parents for source in sources)
+    if inside and out.exists() and out.suffix.lower() not in _PAGES:
+        raise ArtifactError(f"{out} is a file of what is shown, and no page of it; choose another --out")
 
 
 def _write(out: Path, text: str) -> Path:

@@ -36,6 +36,7 @@ from nxm_export.reporting.verdicts import (
     verdicts,
 )
 from nxm_export.storage.run_dir import MANIFEST
+from nxm_export.storage.versions import installed_versions
 
 _TRAINING_KEYS = (
     "recipe", "admm", "admm_steps", "qat_steps", "steps", "train_samples", "held_out_samples", "residual",
@@ -242,16 +243,19 @@ def _versions(run: Run) -> PageTable:
     for stage, record in run.stages.items():
         for package, version in record.versions.items():
             stages_by.setdefault(package, {}).setdefault(version, []).append(stage)
+    installed = installed_versions()
     rows = [
         (
             Code(package),
             next(iter(versions))
             if len(versions) == 1
             else "; ".join(f"{version} in {', '.join(stages)}" for version, stages in versions.items()),
+            installed.get(package, "-"),
         )
         for package, versions in stages_by.items()
     ]
-    return PageTable("Versions", ("package", "version"), rows, folded=f"Versions of packages ({len(rows)})")
+    columns = ("package", "version that made the run", "here, as this page was made")
+    return PageTable("Versions", columns, rows, folded=f"Versions of packages ({len(rows)})")
 
 
 def _engines(run: Run) -> PageTable:

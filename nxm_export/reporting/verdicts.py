@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nxm_export.reporting.figures import Figure, RunFile, Shown
 from nxm_export.reporting.matrices import Matrix
 from nxm_export.reporting.run_facts import EngineEntry, Run, worst_output
+from nxm_export.storage.versions import MAKERS
 
 if TYPE_CHECKING:
     from engines.benchmark.latency import Ratio
@@ -64,6 +65,12 @@ def main_engine(run: Run) -> EngineEntry | None:
     engines = [engine for engine in run.engines if engine.passport and engine.passport.content.plan]
     exact = [engine for engine in engines if engine.name in ("ort-cpu-int8", "ort-cpu-sparse")]
     return next(iter([*exact, *engines]), None)
+
+
+def mixed_versions(run: Run) -> list[str]:
+    """Packages of which other versions made one stage than made another."""
+    found = {package: {record.versions.get(package) for record in run.stages.values()} - {None} for package in MAKERS}
+    return [package for package, versions in found.items() if len(versions) > 1]
 
 
 def dense_value(run: Run) -> Figure | None:
@@ -329,6 +336,8 @@ def _parity(run: Run) -> Verdict:
     note = "Each engine against its own checkpoint in PyTorch, on the same samples, with a measured tolerance."
     if others:
         note += f" Not compared: {', '.join(others)}."
+    if mixed := mixed_versions(run):
+        note += f" Stages of this run were made by different versions of {', '.join(mixed)}: see Versions below."
     lead = (f"{len(compared) - len(failed)} of {len(compared)} engines compared pass",)
     if failed:
         return Verdict("parity", title, BAD, "failed", tuple(rows), note, lead)

@@ -123,12 +123,14 @@ class RunDir:
         options: Mapping[str, object] | None = None,
         seed: int | None = None,
         kept_log: str | None = None,
+        by_these_versions: bool = False,
     ) -> bool:
         """Bring ``root/output`` up to date with `work`; True when it ran, False when it was up to date.
 
         `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files
-        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date. `kept_log`
-        stays when `work` fails (see `atomic_dir`).
+        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date. What one
+        says `by_these_versions` of packages alone is not up to date either where others made it. `kept_log` stays when
+        `work` fails (see `atomic_dir`).
         """
         chosen = to_json_object(dict(options or {}))
         hashes = {label: tree_hash(path) for label, path in (inputs or {}).items()}
@@ -136,6 +138,8 @@ class RunDir:
         with self.lock():
             previous = self.manifest.stages.get(name)
             unchanged = previous and (previous.options, previous.inputs, previous.seed) == (chosen, hashes, seed)
+            if previous and by_these_versions and previous.versions != installed_versions():
+                unchanged = False
             if previous and unchanged and _outputs_hold(previous.outputs, self.root):
                 return False
             started = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 RECORDED_VERSIONS = (
@@ -17,6 +18,9 @@ RECORDED_VERSIONS = (
     "openvino",
 )
 
+# Of those, the ones that training and export compute with; the others run engines.
+MAKERS = ("python", "nxm-export", "torch", "transformers", "onnx")
+
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of those packages, of the ones that matter for a result, that are installed."""
@@ -25,3 +29,12 @@ def installed_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
+
+
+def other_versions(made: Mapping[str, str], reference: Mapping[str, str]) -> dict[str, str]:
+    """Those of `MAKERS` that made something in another version than `reference` has, with that version."""
+    return {
+        package: made[package]
+        for package in MAKERS
+        if package in made and package in reference and made[package] != reference[package]
+    }

@@ -94,7 +94,7 @@ class TestData:
         [
             ("q\td\t-1", r"data\.tsv:3: relevance -1 is negative"),
             ("q\td\tnan", r"data\.tsv:3: the label is missing"),
-            ("q\td\tgood", r"data\.tsv:3: label 'good' is not a number"),
+            ("q\td\tgood", r"data\.tsv:3: label 'good' is not a finite number"),
             ("\td\t1", r"data\.tsv:3: a text is empty"),
             ("q\t\t1", r"data\.tsv:3: a text is empty"),
         ],

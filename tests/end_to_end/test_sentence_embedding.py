@@ -180,7 +180,7 @@ class TestData:
         [
             ("a\tb\tnan", "label is missing"),
             ("a\tb\tinf", "not a finite number"),
-            ("a\tb\tgood", "not a number"),
+            ("a\tb\tgood", "is not a finite number"),
             ("a\t \t1", "a text is empty"),
             ("\tb\t1", "a text is empty"),
         ],

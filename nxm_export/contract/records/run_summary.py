@@ -111,7 +111,8 @@ class RunSummary:
     interval of compressed - dense, None where one sample or a NaN allows none. `compression` is by counting, `plan` the
     number of matrices by option, `latency_ms` by ``ENGINE BATCHxSEQUENCE``, `onnx_bytes` by graph. `trt_rtx` is the
     TensorRT-RTX build. `missing` says which engines were not built or not run and why, `failed` which could not be
-    built.
+    built. `other_versions` has, by stage, the versions of packages that made what it wrote, where they are not those of
+    `versions`.
     """
 
     metric: str
@@ -135,6 +136,8 @@ class RunSummary:
     chosen: ChosenEngine | None = None  # in summaries of older versions the one of ONNX Runtime
     sparse_verdicts: Mapping[str, str] = field(default_factory=dict)  # by backend: what its twins say about 2:4
     cosine_to_dense: Likeness | None = None  # of embedding models
+    versions: Mapping[str, str] = field(default_factory=dict)  # of packages, that engines were compared and timed by
+    other_versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """The form of ``summary.json`` and ``--json``."""

@@ -32,7 +32,7 @@ from nxm_export.graph.reading.weight_codes import Codes, Origins, dequantized, o
 from nxm_export.storage.hashing import file_hash
 
 _DETECTED = (NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
-_PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
+PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
 _SPARSE_TENSORS, _HASH = "nxm.sparse_tensors", "nxm.sha256"  # in a model's `meta`, which no file has
 _LONGEST_BIAS = 16384  # the widest FFN that encoders have; a packed matrix of 256 by 256 codes of 4 bits is longer
 
@@ -214,7 +214,7 @@ def sparse_tensors(model: ir.Model) -> tuple[str, ...]:
 def save_graph(model: ir.Model, file: Path) -> None:
     """Write one ONNX file where protobuf allows it (2 GB), else weights next to it in ``<file>.data``."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > _PROTOBUF_LIMIT:
+    if size > PROTOBUF_LIMIT:
         ir.save(model, file, external_data=f"{file.name}.data")
         return
     ir.external_data.load_to_model(model)  # weights of a .data file come into this one

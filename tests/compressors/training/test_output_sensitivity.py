@@ -159,7 +159,7 @@ def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
     ]
     refused = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=nan"]])
     assert refused.exit_code == 2
-    assert "nan is not a number" in refused.output
+    assert "is not a finite number" in refused.output
     result = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=inf"]])
     assert result.exit_code == 0, result.output
     plan = open_checkpoint(checkpoint).plan

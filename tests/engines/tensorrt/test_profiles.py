@@ -114,7 +114,9 @@ def test_a_graph_with_a_fixed_size_gets_the_rows_of_its_own_length(
     assert [(profile.minimum, profile.optimum, profile.maximum) for profile in profiles] == [expected]
 
 
-@pytest.mark.parametrize("text", ["", "8", "8x", "x8", "1x1,8x128", "axb", "8x8x8", "1x1,0x4,8x8", "1x1,9x4,8x8"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "8x", "x8", "1x1,8x128", "axb", "8x8x8", "1x1,0x4,8x8", "1x1,9x4,8x8", "1_0x8", "８x8"]
+)
 def test_nonsense_profiles_are_refused(text: str) -> None:
     with pytest.raises(EngineError, match=r"not a profile|must rise from 1"):
         parse_profile(text)

@@ -74,7 +74,7 @@ def test_the_command_line_wins_and_the_file_wins_over_defaults(tmp_path: Path) -
         ('keep-dense = "*.q"', "keep-dense is a list of texts", 1),
         ("epochs = true", "epochs is one number or text, got True", 1),
         ("[run]\nepochs = 2", "unknown key 'run'", 1),
-        ("steps = 2.5", "'2.5' is not a valid integer.", 2),
+        ("steps = 2.5", "'2.5' is not a whole number", 2),
         ('recipe = "asp"', "is not one of", 2),
         ("epochs = = 2", "not a table in TOML", 1),
         ('search = "1.5"', "not in the range", 2),

@@ -123,7 +123,7 @@ def test_a_graph_of_ours_says_what_its_model_does(
         (["--shape", "-1x128"], "not a shape"),
         (["--shape", "32x128x2"], "not a shape"),
         (["--gpu", "A100", "--shape", "1x513"], "at most 512 tokens"),
-        (["--gpu", "A100", "--shape", f"1{'0' * 400}x128"], "tokens, which no GPU holds"),
+        (["--gpu", "A100", "--shape", f"1{'0' * 300}x128"], "tokens, which no GPU holds"),
         (["--gpu", "banana"], "no GPU that is known"),
         (["--gpu", "H100 NVL"], "no peaks of GPU 'H100 NVL' are known here"),
         ([], "no peaks of GPU '8.9' are known here; name one of T4"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,9 +18,10 @@ from compressors.settings import Settings
 from engines.benchmark import fastest_backend
 from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
 from nxm_export.cli import main
-from nxm_export.cli.options import numbers_of, settings_of
+from nxm_export.cli.options import numbers_of, settings_of, shape_of
 from nxm_export.contract.options import options_of
 from nxm_export.contract.plan import WeightSpec
+from nxm_export.errors import PlanError
 from nxm_export.progress import silent
 
 if TYPE_CHECKING:
@@ -232,10 +234,15 @@ def test_a_run_without_options_asks_for_what_a_caller_without_arguments_asks_for
         (("--recipe", "asp"), "'asp' is not one of 'admm', 'obs-refit'"),
         (("--batch-size", "0"), "0 is not in the range x>=1"),
         (("--augment", "1"), "1.0 is not in the range 0<=x<1"),
-        (("--average", "nan"), "nan is not a number"),
+        (("--average", "nan"), "is not a finite number"),
         (("--learning-rate", "0"), "0 is not a positive number"),
-        (("--output-limit", "nan"), "nan is not a number"),
+        (("--output-limit", "nan"), "is not a finite number"),
         (("--seed", str(2**32)), "is not in the range 0<=x<=4294967295"),
+        (("--batch-size", "1_6"), "'1_6' is not a whole number in plain digits"),
+        (("--train-limit", "１０"), "'１０' is not a whole number in plain digits"),
+        (("--augment", "0_0.5"), "'0_0.5' is not a finite number in plain digits"),
+        (("--epochs", "1_0"), "'1_0' is not a finite number in plain digits"),
+        (("--output-limit", "infinity"), "'infinity' is not a finite number in plain digits"),
     ],
 )
 def test_the_ranges_of_the_settings_hold_on_the_command_line(given: tuple[str, ...], message: str) -> None:
@@ -307,3 +314,37 @@ def test_twins_are_for_sparse_kernels() -> None:
 
 def test_a_number_that_is_given_twice_counts_once() -> None:
     assert numbers_of("8,1, 8", "--clients", "numbers of clients") == (8, 1)
+
+
+@pytest.mark.parametrize("side", ["1_0", "１０", "0", "9" * 5000, ""])
+def test_shapes_and_lists_take_plain_digits_alone(side: str) -> None:
+    with pytest.raises(click.BadParameter):
+        shape_of(f"8x{side}")
+    with pytest.raises(click.BadParameter):
+        numbers_of(f"8,{side}", "--clients", "numbers of clients")
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("search", ("--compression", "0_0.9")),
+        ("search", ("--compression", "nan")),
+        ("bench", ("--seconds", "inf")),
+        ("serve", ("--timeout-ms", "inf")),
+    ],
+)
+def test_no_option_takes_a_number_that_is_none(command: str, given: tuple[str, ...]) -> None:
+    with pytest.raises(click.BadParameter, match="is not a finite number in plain digits"):
+        main.commands[command].make_context(command, ["x", *given])
+
+
+@pytest.mark.parametrize("share", ["6_0%", "６０%", "6%0", "infinity", "nan", "0", "101%"])
+def test_a_share_of_weights_is_a_plain_number(share: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path), "--require-sparse", share])
+    assert (result.exit_code, "is not a share" in result.output) == (2, True)
+
+
+def test_a_list_of_a_settings_option_takes_plain_numbers_alone() -> None:
+    for name, given in (("halving", "1_0,20"), ("pareto", "0.9,0_0.8")):
+        with pytest.raises(PlanError, match="is not a list of"):
+            settings_of(SearchSettings, {name: given})

@@ -140,6 +140,22 @@ class TestNoLabel:
         (sample,) = encode(tiny.tokenizer(), examples, 48, ("input_ids",))
         assert sample["labels"] == [NO_LABEL, NO_LABEL, 0, 1, NO_LABEL]
 
+    def test_a_column_without_any_text_is_refused(self, tmp_path: Path) -> None:
+        rows = [{"sentence": " ", "review": "good", "label": 1}, {"sentence": "", "review": "bad", "label": 0}]
+        with pytest.raises(DataError, match=r"d\.jsonl: every text is empty; name the column that has them"):
+            read(write(tmp_path, rows), "classification")
+        raw = load_labelled(write(tmp_path, rows), "train", Columns(text="review"), TASKS["classification"])
+        assert raw.texts == ["good", "bad"]
+
+    def test_a_whole_number_is_one_class_however_it_is_written(self, tmp_path: Path) -> None:
+        examples, classes = read(write(tmp_path, texts("1.00", 1.0, "1.", 1, "2", "1.0.0")), "classification")
+        assert (examples.labels, classes.names) == ([0, 0, 0, 0, 1, 2], ("1", "2", "1.0.0"))
+
+    @pytest.mark.parametrize("task", ["classification", "regression"])
+    def test_an_infinite_number_is_no_label(self, task: str, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"d\.jsonl:2: label inf is no finite number"):
+            read(write(tmp_path, texts(1, float("inf"))), task)
+
     def test_minus_one_is_a_score(self, tmp_path: Path) -> None:
         raw = load_labelled(write(tmp_path, texts(-1, 0.5)), "train", Columns(), TASKS["regression"])
         assert labelled(raw, TASKS["regression"], None).labels == [-1.0, 0.5]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, read_rows, read_table
+from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, no_file, read_rows, read_table
 from nxm_export.errors import DataError
 
 Row = dict[str, str]
@@ -140,3 +140,19 @@ def test_a_text_file_of_whole_texts_is_a_text_a_line(tmp_path: Path) -> None:
         (f"{file}:1", {"text": "a warm film"}),
         (f"{file}:3", {"text": "  a cold one \u2028 and on"}),
     ], "as editors count lines, and no other line ends than theirs"
+
+
+def test_a_parquet_column_that_is_named_twice_is_refused_in_words(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="reading Parquet needs pyarrow (the extra `parquet`)")
+    import pyarrow.parquet as parquet
+
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([0]), pa.array([1])], names=["text", "label", "label"])
+    parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: column 'label' is named twice; give every column"):
+        list(read_rows(tmp_path / "d.parquet"))
+
+
+def test_what_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    assert no_file(tmp_path) == "a directory, not a file"
+    assert no_file(tmp_path / "nowhere") == "no such file"
+    assert no_file(Path("/dev/null")) == "not a file"

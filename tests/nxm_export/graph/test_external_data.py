@@ -150,8 +150,8 @@ def test_weights_that_cannot_be_read_are_an_error(name: str, damage: str, tmp_pa
 def test_what_does_not_fit_into_one_file_is_refused_by_its_size(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(external_data, "_PROTOBUF_LIMIT", 3 * 64 * 64 * 4)
-    with pytest.raises(EngineError, match=r"its weights have 0\.0 GB, and an engine directory has one ONNX file"):
+    monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 3 * 64 * 64 * 4)
+    with pytest.raises(EngineError, match=r"its weights have 0\.0 GB, and an engine for the CPU is one ONNX file"):
         build_engine(save(tmp_path / "beside"), tmp_path / "engine", name)
 
 

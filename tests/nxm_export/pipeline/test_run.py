@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
 
 from compressors.settings import Settings
 from compressors.training.task_data import TaskDataRequest
@@ -25,14 +27,18 @@ from engines.cusparselt import backend as cusparselt
 from engines.cusparselt import machine as machines
 from engines.cusparselt.machine import Machine
 from nxm_export.cli import main
-from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.checkpoint import float32_bytes, open_checkpoint
 from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
+from nxm_export.errors import Notice
+from nxm_export.graph import exporter, external_data
 from nxm_export.pipeline.estimate import passes_before_training
-from nxm_export.pipeline.run import Request, _more_text
+from nxm_export.pipeline.run import Request, _export, _more_text
+from nxm_export.pipeline.run_engines import GRAPHS
+from nxm_export.progress import silent
 from nxm_export.storage.json_files import decode, entry_at
 from nxm_export.storage.run_dir import RunDir
 from tests.engines.cusparselt.machines import FACTS, Priced
@@ -123,6 +129,30 @@ def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: Fini
     assert json.loads(again.stdout) == summary
     changed = {file for file, when in states(run).items() if before.get(file) != when}
     assert not {file for file in changed if Path(file).parts[0] not in ("logs", "run.log", ".lock")}, changed
+
+
+def test_a_run_that_other_versions_began_says_so_and_compares_again(
+    desk: Desk, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_few_rounds_here(monkeypatch)
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in ("dense", "compress", "compare ort-cpu-int8"):
+        manifest["stages"][stage]["versions"]["torch"] = "0.1"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before = states(run)
+    again = desk.nxm(*desk.arguments(run))
+    assert again.exit_code == 0, again.output
+    assert f"Versions differ: dense, compress made by torch 0.1 (now {version('torch')})." in again.stdout
+    after = states(run)
+    changed = {file.rpartition("/")[0] for file in before if after.get(file) != before[file]}
+    assert {"compare/ort-cpu-int8"} <= changed
+    assert not {"dense", "checkpoint", "onnx/cpu", "compare/ort-cpu-fp32"} & changed
+    shown = desk.nxm("show", str(run), "--json")
+    assert json.loads(shown.stdout)["other_versions"] == {"dense": {"torch": "0.1"}, "compress": {"torch": "0.1"}}
+    assert desk.nxm("report", str(run)).exit_code == 0
+    assert "made by different versions of torch" in (run / "report.html").read_text()
 
 
 def test_a_moved_run_shows_its_table_from_where_it_lies(desk: Desk, finished: Finished, tmp_path: Path) -> None:
@@ -474,6 +504,47 @@ def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) ->
 def test_what_cannot_work_is_refused_in_words(desk: Desk, tmp_path: Path, more: list[str], message: str) -> None:
     result = desk.nxm(*desk.arguments(tmp_path / "run"), *more)
     _refused(result, message, codes=(1, 2))
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--search=0.99"], "compression 0.99 by counting hw is out of reach"),
+        (["--more-text=pairs.tsv"], "only one of them has a second text"),
+        ([], "an engine for the CPU is one ONNX file, which holds 0.0 GB; a run always has"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_anything_is_trained(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str, dry: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _lines(tmp_path / "pairs.tsv", "sentence1\tsentence2", "good film\tbad film")
+    if not more:
+        monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 1000)
+    _refused(desk.nxm(*desk.arguments(tmp_path / "run", *more, *(["--dry-run"] if dry else []))), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_half_precision_count_as_they_are_trained(desk: Desk, tmp_path: Path) -> None:
+    halved = tmp_path / "halved"
+    shutil.copytree(desk.model, halved)
+    weights = {name: tensor.astype(np.float16) for name, tensor in load_file(halved / "model.safetensors").items()}
+    save_file(weights, halved / "model.safetensors")
+    assert float32_bytes(halved) == float32_bytes(desk.model) == 4 * sum(tensor.size for tensor in weights.values())
+
+
+def test_attention_beyond_512_tokens_is_exported_in_float_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny.compress_tiny("bert", tmp_path, placement="attention", steps=2, dense_steps=2)
+    monkeypatch.setattr(exporter, "INT8_ATTENTION_TOKENS", 16)
+    directory = RunDir(tmp_path / "run")
+    shutil.copytree(checkpoint, directory.path("checkpoint"))
+    request = Request("m", "classification", "t", "d", WeightSpec(), Settings())
+    plan = open_checkpoint(checkpoint).plan
+    with pytest.warns(Notice, match=r"onnx/trt computes attention in float: INT8 attention is for at most 16 tokens"):
+        assert _export(directory, request, plan, {"trt": GRAPHS["trt"]}, silent) == ["trt"]
 
 
 def test_a_model_that_is_nowhere_is_named(desk: Desk, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,3 +44,18 @@ def test_a_card_replaces_it_when_told_to(tiny_engine: Callable[..., Path], tmp_p
 def test_force_replaces_no_directory(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["card", str(tiny_engine("ort")), "--out", str(tmp_path), "--force"])
     assert (result.exit_code, f"{tmp_path} is a directory" in result.output) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["passport.json", "model.onnx"])
+def test_force_replaces_no_file_of_what_is_shown(name: str, tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(tiny_engine("ort"), engine)
+    (tmp_path / "link").symlink_to(engine)
+    before = (engine / name).read_bytes()
+    for out in (engine / name, tmp_path / "link" / name):
+        result = CliRunner().invoke(main, ["card", str(engine), "--out", str(out), "--force"])
+        assert (result.exit_code, "is a file of what is shown" in result.output) == (1, True)
+    assert (engine / name).read_bytes() == before
+    (engine / "README.md").write_text("an older card")
+    result = CliRunner().invoke(main, ["card", str(engine), "--out", str(engine / "README.md"), "--force"])
+    assert result.exit_code == 0, result.output

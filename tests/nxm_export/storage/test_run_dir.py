@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nxm_export.errors import ArtifactError
+from nxm_export.storage import run_dir
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash, tree_hash
 from nxm_export.storage.run_dir import RunDir
@@ -93,6 +94,26 @@ def test_an_unchanged_stage_is_skipped_also_by_a_later_process(run: RunDir, sour
     }  # logs are not hashed
     assert record["inputs"] == {"source": tree_hash(source)}
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_other_versions_make_a_measurement_again_and_leave_what_took_long(
+    run: RunDir, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, compared = Work(), Work()
+
+    def stages() -> tuple[bool, bool]:
+        return (
+            run.stage("train", "model", trained, inputs={"source": source}),
+            run.stage("compare", "parity", compared, inputs={"source": source}, by_these_versions=True),
+        )
+
+    assert (stages(), stages()) == ((True, True), (False, False))
+    monkeypatch.setattr(run_dir, "installed_versions", lambda: {"torch": "0.1"})
+    assert (stages(), stages()) == ((False, True), (False, False))
+    assert {stage: "python" in record.versions for stage, record in run.manifest.stages.items()} == {
+        "train": True,
+        "compare": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,31 @@ run, does one run, and if not, why. This is the only judge: advice and `nxm doct
 Evidence, from strong to weak: the kernel's name in the engine inspector's report (and, where a profile was taken,
 among the kernels that really ran); the builder's own lists of sparse layers, in both wordings; the layers that a
 verbose build prints. ``HasSparseWeights`` only says that the builder saw the pattern: it is never proof. Whatever
-contradicts itself, or is missing, is unknown, and unknown counts as not sparse.
+contradicts itself, is missing, does not say which of several products it is of, or is not tied to the engine by the
+hashes of its passport, is unknown, and unknown counts as not sparse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
-from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
+from engines.passport import EnginePassport, load_passport
+from engines.sparsity.build_evidence import (
+    Evidence,
+    LayerInfo,
+    ambiguous_names,
+    product_layers,
+    read_evidence,
+    unclear_products,
+)
+from engines.sparsity.kernel_names import Existence, is_among, kernel_named, sparse_kernel_exists
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import ArtifactError, ParityError
-from nxm_export.storage.json_files import encode, read_record, to_builtins
+from nxm_export.storage.json_files import decode, encode, to_builtins
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,6 +69,8 @@ REASONS = {
     "no-gpu": "built without a GPU: kernels are chosen when the engine is loaded on one",
     "no-engine": "a graph alone: build it to know",
     "contradiction": "the evidence contradicts itself",
+    "ambiguous": "the evidence does not say which of several products it is of",
+    "untied": "nothing ties the evidence to this engine",
     "unknown": "the builder does not say which kernel runs it",
 }
 
@@ -109,6 +121,15 @@ class FileProblem:
 
 
 @dataclass(frozen=True)
+class ProductNames:
+    """How a builder's report names the products of a graph: `nodes` are those of all products, also of two activations;
+    `ambiguous` those by which it cannot tell a product from other nodes, with the reason."""
+
+    nodes: tuple[str, ...] = ()
+    ambiguous: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class WeightFacts:
     """The file ``weights.json``: what the graph offers of every matrix, and what it was built for."""
 
@@ -119,6 +140,7 @@ class WeightFacts:
     sparse_flag: bool
     facts: tuple[MatrixFacts, ...]
     unread: tuple[UnreadProduct, ...] = ()
+    names: ProductNames = ProductNames()
 
     @property
     def target(self) -> SparsityTarget:
@@ -231,13 +253,15 @@ def judge(
     target: SparsityTarget,
     twin: Evidence | None = None,
     problems: Sequence[FileProblem] = (),
+    names: ProductNames = ProductNames(),
 ) -> SparsityReport:
     """The report on matrices.
 
     Without `evidence` a graph is judged alone: nothing can be chosen, and nothing is eligible while the file has
     `problems`. `twin` is the evidence of the dense engine of the same graph, for the time that
-    sparsity saves."""
-    weights = []
+    sparsity saves. `names` are those of the graph's products."""
+    weights, facts = [], tuple(facts)
+    doubts = {} if evidence is None else _doubts(facts, evidence, names)
     for fact in facts:
         obstacle, detail, eligible = _obstacle(fact, target)
         if obstacle is None and problems:
@@ -265,8 +289,14 @@ def judge(
             reason, detail = _unbuilt(fact, weight, target)
             weight = replace(weight, chosen=None if fact.sparse_along_k else False, reason=reason, detail=detail)
         else:
-            weight = _with_evidence(weight, fact, evidence, obstacle, target)
-            weight = _with_times(weight, fact, evidence, twin)
+            doubt = doubts.get(fact.node)
+            weight = (
+                _with_evidence(weight, fact, evidence, obstacle, target)
+                if doubt is None
+                else _without_proof(weight, fact, obstacle, target, doubt)
+            )
+            if doubt is None:
+                weight = _with_times(weight, fact, evidence, twin)
         detail = weight.detail or (REASONS[weight.reason] if weight.reason else "")
         weights.append(replace(weight, detail=detail))
     return SparsityReport(target, tuple(weights))
@@ -375,12 +405,41 @@ def _of_numbers(fact: MatrixFacts) -> tuple[str, str] | None:
     return None
 
 
+def _doubts(facts: Sequence[MatrixFacts], evidence: Evidence, names: ProductNames) -> dict[str, tuple[str, str]]:
+    """(reason, detail) by node, of products of which the evidence proves nothing."""
+    counts = Counter(fact.node for fact in facts)
+    if evidence.untied is not None:
+        return dict.fromkeys(counts, ("untied", f"{REASONS['untied']}: {evidence.untied}"))
+    found = {node: ("ambiguous", text) for node, text in names.ambiguous.items()}
+    products = {*names.nodes, *counts}
+    for node, count in counts.items():
+        if count > 1:
+            found[node] = ("ambiguous", f"{count} matrices are of products named {node!r}")
+        unclear = [layer for layer in product_layers(evidence.layers, node) if unclear_products(layer, products)]
+        if unclear:
+            text = f"one kernel runs in the layer {unclear[0].name}, which has several products and is named like none"
+            found.setdefault(node, ("ambiguous", text))
+    return found
+
+
+def _without_proof(
+    weight: WeightSparsity, fact: MatrixFacts, obstacle: str | None, target: SparsityTarget, doubt: tuple[str, str]
+) -> WeightSparsity:
+    """The verdict on a matrix of which the evidence proves nothing, for the reason `doubt`."""
+    if not fact.sparse_along_k or not target.sparse_flag:
+        return replace(weight, chosen=False)  # whatever runs, it cannot be a sparse kernel
+    if obstacle:
+        return weight
+    reason, detail = doubt if target.has_gpu else ("no-gpu", "")
+    return replace(weight, reason=reason, detail=detail)
+
+
 def _with_evidence(
     weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, target: SparsityTarget
 ) -> WeightSparsity:
     """The verdict of an engine's evidence on one matrix; one function, because the order of the cases is the rule."""
     layers = [layer for layer in evidence.layers if fact.node and fact.node in layer.onnx]
-    products = [layer for layer in layers if layer.is_product]
+    products = product_layers(evidence.layers, fact.node) if fact.node else []
     kernels = [kernel_named(layer.kernel) for layer in products]
     names = " | ".join(dict.fromkeys(layer.kernel for layer in products if layer.kernel)) or None
     weight = replace(weight, kernel=names, shared_with=_merged(fact.node, products))
@@ -397,11 +456,20 @@ def _with_evidence(
             )  # fmt: skip
         if sparse and _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
             return replace(weight, eligible=True, chosen=False, reason="float-kernel")
-        if evidence.running is not None and not all(_ran(layer.kernel, evidence.running) for layer in products):
+        running = evidence.running
+        if running is not None and not (products and all(is_among(layer.kernel, running) for layer in products)):
             return replace(
                 weight, eligible=True, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel, and the profiler did not see it run",
             )  # fmt: skip
+        if not products and any(layer.kind for layer in layers or evidence.layers):
+            return replace(
+                weight, chosen=None, reason="contradiction",
+                detail="the build log says sparse, and no layer of the engine is this product",
+            )  # fmt: skip
+        if products and (others := evidence.profiles - {layer.profile for layer in products}):
+            detail = f"a sparse kernel runs in other profiles, and profile {min(others)} does not name this product"
+            return replace(weight, eligible=True, chosen=None, reason="unknown", detail=detail)
         return replace(
             weight, eligible=True, chosen=True, reason=None, detail="" if sparse else "by the builder's log alone"
         )
@@ -437,10 +505,6 @@ def _merged(node: str, products: Sequence[LayerInfo]) -> tuple[str, ...]:
     return tuple(sorted({part for layer in products for part in layer.parts if part in layer.onnx and part != node}))
 
 
-def _ran(kernel: str, running: frozenset[str]) -> bool:
-    return any(kernel in name or name in kernel for name in running)
-
-
 def _with_times(weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, twin: Evidence | None) -> WeightSparsity:
     mine = _product_ms(fact.node, evidence)
     other = _product_ms(fact.node, twin) if twin is not None else None
@@ -448,7 +512,7 @@ def _with_times(weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, t
 
 
 def _product_ms(node: str, evidence: Evidence) -> float | None:
-    names = [layer.name for layer in evidence.layers if layer.profile == 0 and layer.is_product and node in layer.onnx]
+    names = [layer.name for layer in product_layers(evidence.layers, node) if layer.profile == 0]
     if not names or any(name not in evidence.layer_ms for name in names):
         return None
     return sum(evidence.layer_ms[name] for name in names)
@@ -456,9 +520,10 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
 
 def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
     """Write ``weights.json``: what the graph offers, and what it was built for."""
-    from nxm_export.graph.reading.sparsity_scan import scan_products
+    from nxm_export.graph.reading.sparsity_scan import node_names, product_names, scan_products
 
-    scanned = scan_products(model, str(out))
+    scanned, products = scan_products(model, str(out)), product_names(model)
+    ambiguous = ambiguous_names(node_names(model))
     record = WeightFacts(
         backend=target.backend,
         version=target.version,
@@ -467,6 +532,7 @@ def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> No
         sparse_flag=target.sparse_flag,
         facts=scanned.facts,
         unread=scanned.unread,
+        names=ProductNames(products, {name: ambiguous[name] for name in products if name in ambiguous}),
     )
     (out / FACTS_FILE).write_text(encode(record, FACTS_SCHEMA), encoding="utf-8")
 
@@ -479,13 +545,22 @@ def read_sparsity_report(
 
     Raises `ArtifactError` when the directory has no ``weights.json``, or one that is damaged.
     """
+    passport = load_passport(directory)
+    record = read_weight_facts(directory, passport)
+    dense = read_evidence(twin) if twin is not None else None
+    report = judge(record.facts, read_evidence(directory, running), record.target, dense, names=record.names)
+    return replace(report, unread=record.unread)
+
+
+def read_weight_facts(directory: Path, passport: EnginePassport) -> WeightFacts:
+    """``weights.json`` of an engine directory; `ArtifactError` where it is missing, damaged, or not the one of its
+    passport."""
     file = directory / FACTS_FILE
-    if not file.is_file():
+    text = passport.read_evidence(directory, FACTS_FILE)
+    if text is None:
         raise ArtifactError(
             f"{file} is missing: this engine was built by an older version, or elsewhere; build it again"
         )
     former = {"nxm-truth/1": lambda fields: fields}  # the same fields under another name
-    record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out="build the engine again", older=former)
-    dense = read_evidence(twin) if twin is not None else None
-    report = judge(record.facts, read_evidence(directory, running), record.target, dense)
-    return replace(report, unread=record.unread)
+    way_out = "build the engine again"
+    return decode(text, WeightFacts, schema=FACTS_SCHEMA, source=str(file), way_out=way_out, older=former)

@@ -55,6 +55,8 @@ class ParityReport:
 
     def require(self) -> None:
         """Raise `ParityError` unless `passed`."""
+        if not self.outputs:
+            raise ParityError(f"{self.engine}: no output of it was compared; build it again from a new export")
         for output in self.outputs:
             if not output.passed:
                 raise ParityError(
@@ -115,6 +117,8 @@ class Comparison:
 
     def require(self) -> None:
         """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run."""
+        if not self.reports:
+            raise ParityError("no engine was compared, so none passed; compare one that runs here")
         for report in self.reports:
             report.require()
         for engine in self.skipped if self.gates else ():
@@ -126,7 +130,8 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """False where `require` raises."""
-        return all(report.passed for report in self.reports) and not (self.gates and self.skipped)
+        passed = bool(self.reports) and all(report.passed for report in self.reports)
+        return passed and not (self.gates and self.skipped)
 
     def to_dict(self) -> dict[str, object]:
         """All of it in one record: whether `require` is content, the gates, and `to_list` as ``engines``."""
@@ -138,9 +143,10 @@ class Comparison:
 
 
 def verdict(outputs: Sequence[OutputParity], probes: Sequence[ProbeResult], gates: Sequence[GateResult]) -> bool:
-    """True when every output is within its tolerance, and no probe and no gate failed."""
+    """True when there are outputs, every one is within its tolerance, and no probe and no gate failed."""
     return (
-        all(output.passed for output in outputs)
+        len(outputs) > 0
+        and all(output.passed for output in outputs)
         and not any(probe.passed is False for probe in probes)
         and all(gate.passed for gate in gates)
     )

@@ -27,7 +27,7 @@ from engines.sparsity.build_evidence import (
 )
 from engines.sparsity.kernel_names import Existence, is_among, kernel_named, sparse_kernel_exists
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
-from nxm_export.errors import ArtifactError, ParityError
+from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.storage.json_files import decode, encode, to_builtins
 
 if TYPE_CHECKING:
@@ -221,11 +221,16 @@ class SparsityReport:
         return counts
 
     def require_sparse(self, share: float) -> None:
-        """Raise `ParityError` unless at least `share` (0 to 1) of the planned-sparse elements provably run sparse."""
+        """Raise `ParityError` unless at least `share` (above 0, up to 1) of the planned-sparse elements provably run
+        sparse, and `EngineError` for another share: any engine has none."""
+        if not 0.0 < share <= 1.0:
+            raise EngineError(
+                f"a share of {share} requires nothing, or more than there is; give one above 0 and up to 1"
+            )
         actual = self.sparse_share
         if actual is None:
             raise ParityError("no matrix was planned sparse, so none is required to run sparse; plan 2:4 first")
-        if actual < share:
+        if not actual >= share:
             why = ", ".join(f"{count} x {reason}" for reason, count in self.counts.items() if reason != "sparse")
             raise ParityError(
                 f"{actual:.1%} of the planned-sparse weights provably run sparse, {share:.1%} required; "
@@ -543,13 +548,51 @@ def read_sparsity_report(
     """Judge an engine directory by all that lies in it; `twin` is the dense engine's, `running` kernel names of a
     profile.
 
-    Raises `ArtifactError` when the directory has no ``weights.json``, or one that is damaged.
+    Raises `ArtifactError` when a file is not the one of the passport, and when the directory has no ``weights.json``,
+    or one that is damaged; `EngineError` for a `twin` that is none (see `twin_problem`), or was timed at another shape.
     """
     passport = load_passport(directory)
+    passport.require_whole(directory)  # what lies beside an engine file proves something of that one alone
     record = read_weight_facts(directory, passport)
-    dense = read_evidence(twin) if twin is not None else None
-    report = judge(record.facts, read_evidence(directory, running), record.target, dense, names=record.names)
+    evidence = read_evidence(directory, running)
+    dense = None if twin is None else _twin_evidence(directory, passport, evidence, twin)
+    report = judge(record.facts, evidence, record.target, dense, names=record.names)
     return replace(report, unread=record.unread)
+
+
+def _twin_evidence(directory: Path, passport: EnginePassport, evidence: Evidence, twin: Path) -> Evidence:
+    """The evidence of the dense twin of an engine, timed as `evidence` was."""
+    other = load_passport(twin)
+    other.require_whole(twin)
+    if (problem := twin_problem(other, passport)) is not None:
+        raise EngineError(
+            f"{twin} is no dense twin of {directory}: {problem}, so their times say nothing about 2:4; "
+            "`nxm build --twins` builds both"
+        )
+    dense = read_evidence(twin)
+    if evidence.shape is not None and dense.shape is not None and evidence.shape != dense.shape:
+        mine, theirs = ("x".join(map(str, shape)) for shape in (evidence.shape, dense.shape))
+        raise EngineError(
+            f"{directory} was measured at {mine} (batch x sequence), and {twin} at {theirs}; build both with the same "
+            "--profile, and run `nxm inspect --measure` on each"
+        )
+    return dense
+
+
+def twin_problem(dense: EnginePassport, sparse: EnginePassport) -> str | None:
+    """In what `dense` differs from the dense twin of the engine `sparse`, None where in nothing: a twin is built from
+    the same graph, for the same machine and shapes, with the same options but for sparse kernels."""
+    if dense.options.get("sparse") is not False:
+        return "it was built with sparse kernels"
+    for what in ("backend", "onnx_sha256", "requires", "profiles"):
+        ours, theirs = getattr(sparse, what), getattr(dense, what)
+        if ours != theirs:
+            name = {"onnx_sha256": "graph", "requires": "machine"}.get(what, what)
+            return f"its {name} is {theirs}, and not {ours}"
+    for key in ("level", "workspace_bytes", "build_route", "fuse"):
+        if dense.options.get(key) != sparse.options.get(key):
+            return f"it was built with {key} {dense.options.get(key)}, and not {sparse.options.get(key)}"
+    return None
 
 
 def read_weight_facts(directory: Path, passport: EnginePassport) -> WeightFacts:

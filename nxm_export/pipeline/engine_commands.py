@@ -195,11 +195,12 @@ def build_fastest(
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:
             comparison = compare_engines(check.checkpoint, list(engines.values()), check.data, check.columns)
-            for report in comparison.reports:
-                if not report.passed:
-                    name = Path(report.engine).name
-                    engines.pop(name)
-                    left_out[name] = "it does not compute what the checkpoint computes"
+            passed = {Path(report.engine).name for report in comparison.reports if report.passed}
+            skipped = {Path(engine.engine).name: engine.reason for engine in comparison.skipped}
+            for name in [name for name in engines if name not in passed]:
+                engines.pop(name)
+                why = "it does not compute what the checkpoint computes"
+                left_out[name] = f"it could not be compared: {skipped[name]}" if name in skipped else why
             if not engines:
                 raise EngineError(
                     f"{source}: no engine passes the comparison with {check.checkpoint}; run `nxm compare`"
@@ -425,11 +426,14 @@ def _verdict(
 ) -> str | None:
     """Whether 2:4 pays on this GPU, where both INT8 twins were timed; `twins` are (name, directory) by their part."""
     from engines.benchmark.latency import sparse_verdict
+    from engines.sparsity.judgement import twin_problem
     from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE
 
     if DENSE not in twins or SPARSE not in twins:
         return None
-    (dense, _), (sparse, path) = twins[DENSE], twins[SPARSE]
+    (dense, other), (sparse, path) = twins[DENSE], twins[SPARSE]
+    if (problem := twin_problem(passports[other], passports[path])) is not None:
+        return f"no verdict: {other} is no dense twin of {path}: {problem}"
     gpu = passports[path].device.get("gpu", "this GPU")
     return sparse_verdict(report, sparse, dense, sparsity_of(path).sparse_share, gpu)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engines.base import Profile
 from engines.passport import EnginePassport
 from engines.sparsity.build_evidence import (
     LAYERS_SCHEMA,
@@ -22,7 +23,7 @@ from engines.sparsity.build_evidence import (
 from engines.sparsity.judgement import WeightFacts, read_sparsity_report
 from engines.tensorrt import backend
 from nxm_export.contract.records.matrix_facts import MatrixFacts
-from nxm_export.errors import ArtifactError, ParityError
+from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.pipeline.inspection import inspect_engine, require_sparse
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, encode, entry_at
@@ -102,9 +103,42 @@ def test_a_report_is_made_of_all_that_lies_there(directory: Path) -> None:
 def test_the_time_saved_is_the_twins_less_the_engines(
     directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    twin = engine_directory(tmp_path_factory.mktemp("twin"), b"its twin")
-    measured(twin, layer_ms={"node_myl0_1": 0.75})
+    twin = dense_twin(tmp_path_factory)
     assert read_sparsity_report(directory, twin).weights[0].saved_ms == 0.25
+
+
+def dense_twin(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Path:
+    """The directory of the same engine without sparse kernels, whose layer takes longer."""
+    twin = engine_directory(tmp_path_factory.mktemp("twin"), b"its twin")
+    tie(twin, **{"options": {"sparse": False}, **changes})
+    measured(twin, layer_ms={"node_myl0_1": 0.75})
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"sparse": True}}, "it was built with sparse kernels"),
+        ({"options": {}}, "it was built with sparse kernels"),
+        ({"onnx_sha256": "1" * 64}, "its graph is 1111"),
+        ({"requires": {"gpu": "L4"}}, "its machine is {'gpu': 'L4'}, and not {}"),
+        ({"profiles": (Profile((1, 1), (1, 8), (1, 8)),)}, "its profiles is"),
+        ({"options": {"sparse": False, "level": 5}}, "it was built with level 5, and not None"),
+    ],
+)
+def test_another_engine_than_the_dense_twin_gives_no_time_saved(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], message: str
+) -> None:
+    twin = dense_twin(tmp_path_factory, **changes)
+    with pytest.raises(EngineError, match=f"is no dense twin of .*{message}"):
+        read_sparsity_report(directory, twin)
+
+
+def test_times_of_two_shapes_give_no_time_saved(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    twin = dense_twin(tmp_path_factory)
+    measured(twin, shape=(1, 8))
+    with pytest.raises(EngineError, match=r"was measured at 8x128 .* at 1x8; build both with the same --profile"):
+        read_sparsity_report(directory, twin)
 
 
 def test_a_profilers_kernels_are_taken_from_the_measurement(directory: Path) -> None:
@@ -159,7 +193,12 @@ def test_a_measurement_of_another_engine_is_refused(directory: Path) -> None:
 
 def asked(directory: Path) -> tuple[Callable[[], object], ...]:
     """Every way to ask which kernels run."""
-    return lambda: require_sparse(directory, 1.0), lambda: inspect_engine(directory), lambda: backend.inspect(directory)
+    return (
+        lambda: require_sparse(directory, 1.0),
+        lambda: inspect_engine(directory),
+        lambda: backend.inspect(directory),
+        lambda: read_sparsity_report(directory),
+    )
 
 
 def test_what_lies_beside_an_engine_proves_nothing_of_another_file(directory: Path) -> None:

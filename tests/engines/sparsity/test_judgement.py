@@ -20,7 +20,7 @@ from engines.sparsity.build_evidence import (
 from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
 from nxm_export.contract.records.matrix_facts import MatrixFacts
-from nxm_export.errors import ParityError
+from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
@@ -285,6 +285,13 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
         report.require_sparse(0.76)
     with pytest.raises(ParityError, match="no matrix was planned sparse"):
         judge([fact(planned_sparse=False)], Evidence(), A100).require_sparse(0.1)
+
+
+@pytest.mark.parametrize("share", [float("nan"), 0.0, -1.0, 1.5])
+def test_a_share_that_requires_nothing_is_refused(share: float) -> None:
+    dense = judge([fact()], Evidence([layer(DENSE_GEMM)]), A100)
+    with pytest.raises(EngineError, match="requires nothing, or more than there is"):
+        dense.require_sparse(share)
 
 
 def test_the_json_has_the_documented_keys() -> None:

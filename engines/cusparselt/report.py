@@ -7,6 +7,7 @@ and a kernel whose name says nothing of sparsity leaves it unknown.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,13 @@ def sparsity_report(
     record = read_weight_facts(directory, passport)
     judged = judge(record.facts, None, record.target)
     rows = [_with_engine(weight, fact, program, run) for weight, fact in zip(judged.weights, record.facts, strict=True)]
+    counts = Counter(fact.node for fact in record.facts)
+    rows = [
+        _unknown(row, "ambiguous", f"{counts[row.node]} matrices are of products named {row.node!r}")
+        if row.chosen is True and counts[row.node] > 1
+        else row
+        for row in rows
+    ]
     if (untied := passport.untied(directory)) is not None:
         rows = [_unknown(row, "untied", untied) if row.chosen is True else row for row in rows]
     return replace(judged, weights=tuple(rows), unread=record.unread)

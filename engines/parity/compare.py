@@ -501,5 +501,5 @@ def _number(value: float) -> float | None:
 
 
 def _interval(bounds: tuple[float, float]) -> tuple[float, float] | None:
-    """None for the NaN of outputs with a NaN and of a single sample."""
+    """None for the NaN of outputs with a NaN and of too few samples."""
     return bounds if np.isfinite(bounds).all() else None

@@ -24,9 +24,10 @@ class ParityReport:
 
     `difference` is engine - checkpoint in the metric's own unit; its interval resamples both together, so that it
     speaks of the difference and not of the samples. `secondary_metrics` are further metrics of the task: (checkpoint,
-    engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of a
-    single sample. `passed` is what outputs, probes and gates say together (see `verdict`); a report that contradicts
-    them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and tokenizer.
+    engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of
+    fewer than six samples. `passed` is what outputs, probes and gates say together (see `verdict`); a report that
+    contradicts them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and
+    tokenizer.
     """
 
     passed: bool

@@ -73,12 +73,14 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict."""
+    """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict.
+    `machine` is the CPU or GPU that they were timed on, where that is known: engines may have been built on another."""
 
     timings: tuple[Timing, ...]
     ratios: tuple[Ratio, ...]
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
+    machine: str | None = None
 
     @property
     def too_few_rounds(self) -> str | None:

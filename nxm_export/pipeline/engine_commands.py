@@ -404,7 +404,19 @@ def bench_engines(
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
-    return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
+    measured = [passports[path] for path, name in zip(paths, _names(paths), strict=True) if name not in unmeasured]
+    verdict = _verdict(report, twins, passports)
+    return replace(report, verdict=verdict, unmeasured=absent, machine=_machine(measured[0]))
+
+
+def _machine(passport: EnginePassport) -> str | None:
+    """The CPU that is here, or the GPU that an engine is bound to, as which it was loaded; None where nobody knows."""
+    from engines.base import backend
+    from engines.passport import cpu_device
+
+    if backend(passport.backend).CAPABILITIES.device == "cpu":
+        return cpu_device().get("name")
+    return passport.requires.get("gpu")
 
 
 def _default_shapes(engines: Sequence[Path]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
+from engines.base import BACKENDS, COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile, backend
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -472,6 +472,18 @@ def _current_names(graph: Mapping[str, T]) -> dict[str, T]:
     """The facts of a graph under today's names, from those of nxm-onnx/1."""
     renamed = {"islands": "precision_overrides", "table": "embedding_sha256"}
     return {renamed.get(key, key): text for key, text in graph.items()}
+
+
+def running_on(passport: EnginePassport) -> str | None:
+    """What an engine runs on here: this CPU with its instruction sets, or the GPU that its passport insists on; None
+    where nobody knows."""
+    if passport.backend not in BACKENDS:
+        return None
+    if backend(passport.backend).CAPABILITIES.device == "gpu":
+        return passport.requires.get("gpu")
+    device = cpu_device()
+    name, features = device.get("name"), device.get("features")
+    return f"{name} ({features})" if name and features else name
 
 
 def cpu_device() -> dict[str, str]:

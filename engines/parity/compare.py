@@ -67,6 +67,7 @@ from engines.parity.tolerance import (
     floor,
     largest,
 )
+from engines.passport import running_on
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS, Task
@@ -429,6 +430,7 @@ def _report(
         gates=checked,
         pairs=tuple(pair for other in others for pair in _pairs(run, other, samples)),
         contents_sha256=part.passport.contents_sha256,
+        machine=running_on(part.passport),
     )
 
 

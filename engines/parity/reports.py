@@ -27,7 +27,7 @@ class ParityReport:
     engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of
     fewer than six samples. `passed` is what outputs, probes and gates say together (see `verdict`); a report that
     contradicts them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and
-    tokenizer.
+    tokenizer. `machine` is what it ran on, None in reports of older versions.
     """
 
     passed: bool
@@ -49,6 +49,7 @@ class ParityReport:
     pairs: tuple[Pair, ...]
     secondary_metrics: Mapping[str, tuple[float | None, float | None]]
     contents_sha256: str | None = None
+    machine: str | None = None
 
     def __post_init__(self) -> None:
         if self.passed != verdict(self.outputs, self.probes, self.gates):

@@ -374,7 +374,7 @@ def bench_engines(
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
     from engines.memory import require_room
-    from engines.passport import load_passport
+    from engines.passport import load_passport, running_on
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
     given = [Path(path) for path in engines]
@@ -406,17 +406,7 @@ def bench_engines(
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     measured = [passports[path] for path, name in zip(paths, _names(paths), strict=True) if name not in unmeasured]
     verdict = _verdict(report, twins, passports)
-    return replace(report, verdict=verdict, unmeasured=absent, machine=_machine(measured[0]))
-
-
-def _machine(passport: EnginePassport) -> str | None:
-    """The CPU that is here, or the GPU that an engine is bound to, as which it was loaded; None where nobody knows."""
-    from engines.base import backend
-    from engines.passport import cpu_device
-
-    if backend(passport.backend).CAPABILITIES.device == "cpu":
-        return cpu_device().get("name")
-    return passport.requires.get("gpu")
+    return replace(report, verdict=verdict, unmeasured=absent, machine=running_on(measured[0]))
 
 
 def _default_shapes(engines: Sequence[Path]) -> list[tuple[int, int]]:

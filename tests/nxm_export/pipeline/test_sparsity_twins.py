@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from engines.benchmark.latency import BenchReport, Ratio
-from engines.passport import cpu_device, load_passport
+from engines.passport import load_passport
 from nxm_export.errors import ArtifactError, EngineError
-from nxm_export.pipeline.engine_commands import _machine, _verdict
+from nxm_export.pipeline.engine_commands import _verdict
 from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
@@ -75,12 +75,6 @@ def test_twins_of_two_directories_get_no_verdict(tmp_path: Path) -> None:
     said = _verdict(BenchReport((), (ratio,)), twins, passports)
     assert said is not None
     assert said.startswith(f"no verdict: {dense} is no dense twin of {sparse}: its graph is 1111")
-
-
-def test_times_are_of_the_machine_that_is_here() -> None:
-    built = replace(PASSPORT, device={"name": "the CPU that built it"})
-    assert _machine(built) == cpu_device().get("name")
-    assert _machine(replace(built, backend="trt", requires={"gpu": "L4"})) == "L4"
 
 
 def test_another_twin_than_the_one_beside_it_is_refused(tmp_path: Path) -> None:

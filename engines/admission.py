@@ -11,9 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from engines.parity.reports import PARITY_FILE, read_parity_report
-from engines.passport import EnginePassport, load_passport
+from engines.passport import EnginePassport, load_passport, running_on
 from nxm_export.contract.choices import GATE, GATES
-from nxm_export.errors import ArtifactError, ParityError, ServeError
+from nxm_export.errors import ArtifactError, ParityError, ServeError, notice
 from nxm_export.storage.unreadable import is_without_room
 
 
@@ -30,7 +30,21 @@ def admitted(directory: Path, gate: str = GATE, expect_sha256: Collection[str] =
     passport = load_passport(directory)
     require_expected(directory, passport, expect_sha256)
     require_gate(directory, passport, gate)
+    _notice_other_machine(directory, passport)
     return passport
+
+
+def _notice_other_machine(directory: Path, passport: EnginePassport) -> None:
+    """Say so where an engine was compared on another kind of machine: its kernels for INT8 differ, and may round or
+    saturate otherwise."""
+    if gate_state(directory, passport) != "passed":
+        return
+    compared, here = read_parity_report(directory / PARITY_FILE).machine, running_on(passport)
+    if compared is not None and here is not None and compared != here:
+        notice(
+            f"{directory}: it was compared with its checkpoint on {compared}, and runs on {here}, where other kernels "
+            "may run; run `nxm compare` here, too"
+        )
 
 
 def require_expected(directory: Path, passport: EnginePassport, expected: Collection[str]) -> None:

@@ -1,10 +1,10 @@
 """The engine's passport: what made it and where it may run, checked before anything is deserialized.
 
 It covers the engine file and what is served beside it: ``spec.json`` with the labels, and the tokenizer. A passport of
-before that covers the engine alone, and whoever reads it says so. It vouches for integrity (these are the files that
-were built, from that graph, by those versions), not for authenticity: whoever can replace the engine can replace its
-passport. It never changes after the build; results of comparing or timing an engine are files beside it that name its
-hash.
+before that covers the engine alone, and whoever reads it says so. It also has the hashes of what the build wrote as
+evidence of which kernels run. It vouches for integrity (these are the files that were built, from that graph, by those
+versions), not for authenticity: whoever can replace the engine can replace its passport. It never changes after the
+build; results of comparing or timing an engine are files beside it that name its hash.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
+from engines.base import BACKENDS, COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile, backend
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -69,7 +69,8 @@ class BuildFacts:
 
     `requires` are facts of the machine that must be equal where the engine is loaded; `options` are what the build was
     told and what it did, by names of each backend's own; `graph` is the metadata of the ONNX file, and `source` that
-    file with all that hold its weights, as they were when the build read them.
+    file with all that hold its weights, as they were when the build read them. `evidence` are the names of the files
+    beside the engine that say which kernels run.
     """
 
     device: Mapping[str, str]
@@ -79,6 +80,7 @@ class BuildFacts:
     source: HashedFiles
     bindings: Bindings
     profiles: tuple[Profile, ...] = ()
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class EnginePassport:
     `plan` is None for a model without one; no `profiles` mean that the engine takes any shape that the model takes.
     `onnx_sha256` is that of the ONNX file, or of one whose weights lie beside it the `joint_hash` of all its files.
     `companions` has the sha256 of each of `COMPANIONS` that was there; None in a passport that covers the engine alone.
+    `evidence` has that of each file that says which kernels run, by name; None in a passport of before that.
     """
 
     backend: str
@@ -104,6 +107,7 @@ class EnginePassport:
     created: str
     bindings: Bindings = Bindings()
     companions: Mapping[str, str] | None = None
+    evidence: Mapping[str, str] | None = None
 
     @classmethod
     def issue(cls, backend: str, engine: Path, onnx: Path, facts: BuildFacts) -> EnginePassport:
@@ -133,6 +137,7 @@ class EnginePassport:
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             bindings=facts.bindings,
             companions=companion_hashes(engine.parent),
+            evidence={name: file_hash(engine.parent / name) for name in facts.evidence},
         )
         passport.save(engine.parent)
         return passport
@@ -249,18 +254,50 @@ class EnginePassport:
         file = directory / name
         if name not in (self.companions or ()) and not file.exists():
             return None
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
-            data = None
-        except OSError as error:
-            raise ArtifactError(unreadable(file, error)) from error
+        data = _bytes_of(file)
         if self.companions is not None:
             self._require_companion(name, None if data is None else hashlib.sha256(data).hexdigest(), file)
         try:
             return None if data is None else data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{file}: not a JSON file (it is not UTF-8 text); build the engine again") from error
+
+    def read_evidence(self, directory: Path, name: str) -> str | None:
+        """The text of a file that says which kernels run, hashed as it is read; None where there is none. What is no
+        UTF-8 in it (a builder prints what it likes) is replaced.
+
+        Raises `ArtifactError` for one that is not as the passport has it; a passport without such hashes ties none to
+        its engine (see `untied`), and any is read.
+        """
+        file = directory / name
+        data = _bytes_of(file)
+        if data is None:
+            return None
+        if self.evidence is not None:
+            built, actual = self.evidence.get(name), hashlib.sha256(data).hexdigest()
+            if built is None:
+                raise ArtifactError(
+                    f"{file} is none of what the build of this engine wrote, so it proves nothing of it; remove it"
+                )
+            if actual != built:
+                raise ArtifactError(
+                    f"{file} is not the one that the build of this engine wrote (sha256 {actual[:12]}..., written as "
+                    f"{built[:12]}...); restore it, or build the engine again"
+                )
+        return data.decode("utf-8", errors="replace")
+
+    def untied(self, directory: Path, *names: str) -> str | None:
+        """Why nothing ties evidence to this engine: its passport has no hashes, or one of the files `names` that it has
+        them of is gone. None where all is as it was built."""
+        if self.evidence is None:
+            return (
+                "its passport is of before passports had the hashes of evidence, so nothing says that what lies beside "
+                "the engine is of its build; build it again"
+            )
+        gone = [name for name in names if name in self.evidence and not (directory / name).is_file()]
+        return (
+            f"{gone[0]} is missing, and the passport names it; restore it, or build the engine again" if gone else None
+        )
 
     def _require_companion(self, name: str, actual: str | None, file: Path) -> None:
         built = (self.companions or {}).get(name)
@@ -337,6 +374,16 @@ def covered_tokenizer(directory: Path, passport: EnginePassport) -> Tokenizer:
     """The tokenizer beside an engine, hashed as it is read; raises `ArtifactError`."""
     text = passport.read_companion(directory, TOKENIZER_FILE)
     return load_tokenizer(directory) if text is None else parse_tokenizer(text, directory / TOKENIZER_FILE)
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    """The bytes of a file beside an engine, None where there is none; `ArtifactError` when it cannot be read."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArtifactError(unreadable(file, error)) from error
 
 
 def companion_hash(file: Path) -> str | None:
@@ -425,6 +472,18 @@ def _current_names(graph: Mapping[str, T]) -> dict[str, T]:
     """The facts of a graph under today's names, from those of nxm-onnx/1."""
     renamed = {"islands": "precision_overrides", "table": "embedding_sha256"}
     return {renamed.get(key, key): text for key, text in graph.items()}
+
+
+def running_on(passport: EnginePassport) -> str | None:
+    """What an engine runs on here: this CPU with its instruction sets, or the GPU that its passport insists on; None
+    where nobody knows."""
+    if passport.backend not in BACKENDS:
+        return None
+    if backend(passport.backend).CAPABILITIES.device == "gpu":
+        return passport.requires.get("gpu")
+    device = cpu_device()
+    name, features = device.get("name"), device.get("features")
+    return f"{name} ({features})" if name and features else name
 
 
 def cpu_device() -> dict[str, str]:

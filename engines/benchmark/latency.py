@@ -12,6 +12,7 @@ pays on this GPU, if it does.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,12 +73,14 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict."""
+    """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict.
+    `machine` is the CPU or GPU that they were timed on, where that is known: engines may have been built on another."""
 
     timings: tuple[Timing, ...]
     ratios: tuple[Ratio, ...]
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
+    machine: str | None = None
 
     @property
     def too_few_rounds(self) -> str | None:
@@ -149,7 +152,7 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
     if report.too_few_rounds is not None:
         return f"no verdict: {report.too_few_rounds}"
     by_tokens = sorted(ratios, key=lambda ratio: (ratio.batch * ratio.sequence, ratio.speedup))
-    losing = [ratio for ratio in by_tokens if ratio.interval[0] <= 1.0]
+    losing = [ratio for ratio in by_tokens if not ratio.interval[0] > 1.0]  # NaN wins nothing
     best = max(by_tokens, key=lambda ratio: ratio.speedup)
     if not losing:
         first = by_tokens[0]
@@ -190,7 +193,8 @@ def fitted_shapes(engines: Iterable[Engine], shapes: Iterable[tuple[int, int]]) 
 def interleaved(
     timers: Mapping[str, Callable[[], float]], rounds: int, *, settle: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates.
+    """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates. Raises
+    `EngineError` for a clock that gives no time.
 
     With `settle` every timed run follows untimed ones of the same engine for `SETTLE_S`: the threads of a CPU runtime
     spin for a while after a run, on the cores of whoever comes next, and an engine is not to be timed by its neighbour.
@@ -207,6 +211,10 @@ def interleaved(
                 while time.perf_counter() < until:
                     timers[name]()
             taken[name].append(timers[name]())
+    for name, times in taken.items():
+        wrong = next((ms for ms in times if not 0.0 < ms < math.inf), None)
+        if wrong is not None:
+            raise EngineError(f"the clock of {name} gave {wrong} ms for a run, which takes longer: time it again")
     return taken
 
 

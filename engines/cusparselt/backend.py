@@ -43,7 +43,7 @@ from engines.cusparselt.program import (
 from engines.cusparselt.report import sparsity_report
 from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from engines.sample_inputs import nearest_shape, sample_feeds
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, write_weight_facts
+from engines.sparsity.judgement import FACTS_FILE, SparsityReport, SparsityTarget, write_weight_facts
 from engines.tensorrt.profiles import graph_inputs, profiles_for
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import to_builtins
@@ -134,6 +134,7 @@ def build_on(machine: Machine, onnx: str | Path, out: Path, options: BuildOption
         source=source,
         bindings=Bindings(program.inputs, _outputs(model)),
         profiles=profiles,
+        evidence=(FACTS_FILE,),
     )
     return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, facts)
 
@@ -158,7 +159,7 @@ def inspect(directory: str | Path) -> CusparseltFacts:
     passport = load_passport(directory)
     program = program_of(passport.read_engine(directory, passport.requires), str(directory / passport.engine))
     run = read_profile(directory, passport.engine_sha256)
-    report = sparsity_report(directory, program, run)
+    report = sparsity_report(directory, passport, program, run)
     return CusparseltFacts(
         NAME, passport.requires, len(program.products), program.attention, program.choices, run, report
     )

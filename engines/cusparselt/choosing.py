@@ -6,6 +6,7 @@ The nearest larger number of rows that was measured decides at run time. Product
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -106,7 +107,10 @@ class Trial:
 
     def _time(self, x: Tensor, form: str, algorithm: int) -> float:
         call: Call = lambda: self._run(x, form, algorithm)  # noqa: E731  (a name says its type)
-        return round(self._kernels.microseconds(call), 3)
+        taken = self._kernels.microseconds(call)
+        if not 0.0 < taken < math.inf:
+            raise EngineError(f"the clock gave {taken} us for a product, which takes longer")
+        return round(taken, 3)
 
 
 def deviation(result: Tensor, right: Tensor, output: str) -> str | None:

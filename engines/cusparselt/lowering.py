@@ -67,6 +67,8 @@ class _Lowering:
         self._tensors: dict[str, torch.Tensor] = {}
         self._products: dict[str, Product] = {}
         self._two_four: dict[str, bool] = {}
+        made = (value.name for node in self._graph for value in node.outputs)
+        self._in_graph = {*self._graph.initializers, *(value.name for value in self._graph.inputs), *made}
         self._attention = {"fused": 0, "in parts": 0, "operands on their INT8 grid": 0}
 
     def made(self) -> Lowered:
@@ -111,21 +113,18 @@ class _Lowering:
             bias = None if bias is None else bias.astype(np.float64) / _scale(quantizer)
             absorbed = (*absorbed, quantizer)
         name = self._name(node)
-        self._add(weight.name, weight.codes)
-        self._add(f"{name}.alpha", alpha.astype(np.float32))
-        if bias is not None:
-            self._add(f"{name}.bias", bias.astype(np.float32))
-        if weight.name not in self._two_four:
-            self._two_four[weight.name] = _is_two_four(weight.codes)
+        codes_name = self._add(weight.name, weight.codes)
+        if codes_name not in self._two_four:
+            self._two_four[codes_name] = _is_two_four(weight.codes)
         product = Product(
             name=weight.name.removesuffix(".codes"),
-            weight=weight.name,
-            alpha=f"{name}.alpha",
-            bias=None if bias is None else f"{name}.bias",
+            weight=codes_name,
+            alpha=self._add(f"{name}.alpha", alpha.astype(np.float32)),
+            bias=None if bias is None else self._add(f"{name}.bias", bias.astype(np.float32)),
             k=k,
             n=n,
             output=output,
-            two_four=self._two_four[weight.name],
+            two_four=self._two_four[codes_name],
         )
         codes = left.inputs[0]
         assert codes is not None
@@ -133,6 +132,11 @@ class _Lowering:
 
     def _product_step(self, node: ir.Node, found: _Found) -> Step:
         name = self._name(node)
+        if name in self._products:
+            raise EngineError(
+                f"{self._source}: two products are named {name!r}, and this engine and its report know them by their "
+                "names; give every node a name of its own"
+            )
         self._products[name] = found.product
         return Step(PRODUCT, (str(found.codes.name),), (str(found.result.name),), {"product": name})
 
@@ -166,8 +170,7 @@ class _Lowering:
             if name == "block_size" and value:
                 raise self._refusal([f"{node.op_type} in blocks"])
             if name == "value" and node.op_type in ("ConstantOfShape", "Constant"):
-                self._add(f"{node.outputs[0].name}.value", value.numpy())
-                inputs.append(f"{node.outputs[0].name}.value")
+                inputs.append(self._add(f"{node.outputs[0].name}.value", value.numpy()))
             elif isinstance(value, (int, float, str)):
                 attributes[name] = value
             elif isinstance(value, (tuple, list)):
@@ -183,17 +186,19 @@ class _Lowering:
         name = {3: "int8", 0: "uint8", 2: "uint8"}.get(int(dtype)) if isinstance(dtype, int) else None
         if name is None:
             raise self._refusal([f"QuantizeLinear to the element type {dtype}"])
-        self._add(f"nxm.zero.{name}", np.zeros((), name))
-        return f"nxm.zero.{name}"
+        return self._add(f"nxm.zero.{name}", np.zeros((), name))
 
     def _name(self, node: ir.Node) -> str:
         from nxm_export.graph.reading.products import name_of
 
         return name_of(node)
 
-    def _add(self, name: str, array: np.ndarray) -> None:
-        if name not in self._tensors:
-            self._tensors[name] = _tensor(array)
+    def _add(self, name: str, array: np.ndarray) -> str:
+        """Keep a tensor under `name`, or under a longer one where the graph or another tensor has that; returns it."""
+        tensor = _tensor(array)
+        while name in self._in_graph or not _is_same(self._tensors.setdefault(name, tensor), tensor):
+            name += "_"
+        return name
 
     def _keep_constants(self, steps: tuple[Step, ...], outputs: tuple[str, ...]) -> None:
         """Keep the constants that steps read, and of the products' tensors those that are read."""
@@ -202,7 +207,7 @@ class _Lowering:
         read |= {name for names in parts for name in names if name}
         for name, value in self._graph.initializers.items():
             if name in read and value.const_value is not None:
-                self._add(name, value.const_value.numpy())
+                self._tensors[name] = _tensor(value.const_value.numpy())
         self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in read}
 
     def _require_known(self, steps: tuple[Step, ...]) -> None:
@@ -432,6 +437,12 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype.name in ("int4", "uint4"):
         array = array.astype(np.int8 if array.dtype.name == "int4" else np.uint8)
     return torch.from_numpy(np.array(array))
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    import torch
+
+    return one is other or (one.dtype is other.dtype and one.shape == other.shape and torch.equal(one, other))
 
 
 def _numbers(value: ir.Value | None) -> np.ndarray | None:

@@ -7,6 +7,7 @@ and a kernel whose name says nothing of sparsity leaves it unknown.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +16,30 @@ from engines.cusparselt.kernels import DENSE
 from engines.cusparselt.products import sizes_of
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.program import Choice, Product, Program
-from engines.sparsity.judgement import FACTS_FILE, FACTS_SCHEMA, SparsityReport, WeightFacts, WeightSparsity, judge
+from engines.passport import EnginePassport
+from engines.sparsity.judgement import SparsityReport, WeightSparsity, judge, read_weight_facts
 from engines.sparsity.kernel_names import kernel_named
 from nxm_export.contract.records.matrix_facts import MatrixFacts
-from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import read_record
 
 _OPEN = ("no-engine", "kernel-unknown")  # of a graph alone: nothing in the file stands in the way
 
 
-def sparsity_report(directory: Path, program: Program, run: ProfiledRun | None) -> SparsityReport:
+def sparsity_report(
+    directory: Path, passport: EnginePassport, program: Program, run: ProfiledRun | None
+) -> SparsityReport:
     """What is known of every matrix of an engine directory; raises `ArtifactError` without its ``weights.json``."""
-    file, way_out = directory / FACTS_FILE, "build the engine again"
-    if not file.is_file():
-        raise ArtifactError(f"{file} is missing; {way_out}")
-    record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out=way_out)
+    record = read_weight_facts(directory, passport)
     judged = judge(record.facts, None, record.target)
     rows = [_with_engine(weight, fact, program, run) for weight, fact in zip(judged.weights, record.facts, strict=True)]
+    counts = Counter(fact.node for fact in record.facts)
+    rows = [
+        _unknown(row, "ambiguous", f"{counts[row.node]} matrices are of products named {row.node!r}")
+        if row.chosen is True and counts[row.node] > 1
+        else row
+        for row in rows
+    ]
+    if (untied := passport.untied(directory)) is not None:
+        rows = [_unknown(row, "untied", untied) if row.chosen is True else row for row in rows]
     return replace(judged, weights=tuple(rows), unread=record.unread)
 
 

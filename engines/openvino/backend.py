@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -65,6 +66,7 @@ ENGINE_FILE = "model.onnx"
 PRECISION = "f32"
 _PRODUCTS = ("FullyConnected", "MatMul")
 _INTEGERS = ("i8", "u8")
+_USE = re.compile(r"\.use\d+$")  # behind the name of a product whose weight another one reads, too
 _TRANSPOSED = "/transpose_b"  # behind the name of a product: its weight as the kernel reads it
 
 
@@ -317,13 +319,15 @@ def _planned(model: ir.Model, plan: CompressionPlan) -> list[str]:
 
 
 def _split(planned: list[str], models: list[list[MatrixProduct]]) -> tuple[list[str], list[str]]:
-    """(planned weights whose products run on integers in each of several models, those that do not or are not to be
-    found in one of them), by the products of each."""
-    integer = [
-        {product.name.partition("/")[0] for product in multiplied if product.precision in _INTEGERS}
-        for multiplied in models
-    ]
-    names = {name: all(name.removesuffix(".weight") in found for found in integer) for name in planned}
+    """(planned weights all of whose products run on integers in each of several models, those of which one does not or
+    is not to be found in one of them), by the products of each."""
+    integer: list[dict[str, bool]] = []
+    for multiplied in models:
+        integer.append({})
+        for product in multiplied:
+            name = _USE.sub("", product.name.partition("/")[0])
+            integer[-1][name] = integer[-1].get(name, True) and product.precision in _INTEGERS
+    names = {name: all(found.get(name.removesuffix(".weight"), False) for found in integer) for name in planned}
     return [name for name, runs in names.items() if runs], [name for name, runs in names.items() if not runs]
 
 

@@ -59,7 +59,7 @@ def closest_level(directory: Path, passport: EnginePassport, spec: IOSpec, *, ki
     if kind != "cpu":
         return SessionLevel(BASIC, None, None, f"it ran on the CPU, and instances of {kind} run other kernels")
     if not left_out(passport):
-        return SessionLevel(ALL, 0.0, None)
+        return SessionLevel(ALL, None, None, "both have every optimizer, so that nothing was tried")
     if any(binding.shape[:1] != (-1,) for binding in passport.tensors("inputs")):
         return SessionLevel(BASIC, None, None, "its batch is fixed, and Triton takes no such engine")
     try:

@@ -69,7 +69,7 @@ def bisect(
     blocks = tuple(tally.judged(name, quantized=bool(part.plan)) for name, tally in tallies.items())
     first = first_diverging(blocks)
     report = BisectReport(
-        passed=first is None,
+        passed=first is None and len(blocks) > 0,
         engine=str(part.directory),
         engine_sha256=part.passport.engine_sha256,
         backend=part.passport.backend,

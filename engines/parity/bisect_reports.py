@@ -43,7 +43,7 @@ class BlockParity:
 @dataclass(frozen=True)
 class BisectReport:
     """All blocks of an engine, in the order in which they run; `first_diverging` is the first that failed, and `passed`
-    says that there is none.
+    says that there are blocks and none of them is one.
 
     `kernels` are the operators of which the engine with block outputs runs another number than the engine itself
     (engine, with block outputs), None where that cannot be told; `outputs_equal` says whether both give the same
@@ -65,11 +65,13 @@ class BisectReport:
 
     def __post_init__(self) -> None:
         first = first_diverging(self.blocks)
-        if (self.passed, self.first_diverging) != (first is None, first):
+        if (self.passed, self.first_diverging) != (first is None and len(self.blocks) > 0, first):
             raise ValueError("`passed` and `first_diverging` are not what its blocks say")
 
     def require(self) -> None:
         """Raise `ParityError` unless `passed`."""
+        if not self.blocks:
+            raise ParityError(f"{self.engine}: no block of it was compared; build it again from a new export")
         for block in self.blocks:
             if block.block == self.first_diverging:
                 raise ParityError(f"{self.engine}: it parts from the checkpoint in {block.block}: {block.reason}")

@@ -23,6 +23,7 @@ That tolerance always holds. Beside it stand the probes (`engines.parity.probes`
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -66,6 +67,7 @@ from engines.parity.tolerance import (
     floor,
     largest,
 )
+from engines.passport import running_on
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS, Task
@@ -428,6 +430,7 @@ def _report(
         gates=checked,
         pairs=tuple(pair for other in others for pair in _pairs(run, other, samples)),
         contents_sha256=part.passport.contents_sha256,
+        machine=running_on(part.passport),
     )
 
 
@@ -439,10 +442,20 @@ def _quantities(
     drops = {name: 100.0 * (theirs - ours) for name, (theirs, ours) in scores.items()}
     return {
         "drop": drops[metric],
-        "flips": 100.0 * max(0.0 if output.agreement is None else 1.0 - output.agreement for output in outputs),
+        "flips": _flips(outputs),
         "max_abs": float(np.max([np.nan if output.max_abs is None else output.max_abs for output in outputs])),
         **{f"drop({name})": drop for name, drop in drops.items()},
     }
+
+
+def _flips(outputs: Sequence[OutputParity]) -> float:
+    """The largest share of decisions that changed, in percent; NaN where an output holds NaN, which decides nothing,
+    and where no output decides anything."""
+    if any(output.nonfinite for output in outputs):
+        return math.nan
+    return max(
+        (100.0 * (1.0 - output.agreement) for output in outputs if output.agreement is not None), default=math.nan
+    )
 
 
 def _pairs(run: _Run, other: _Run, samples: _Samples) -> list[Pair]:
@@ -490,5 +503,5 @@ def _number(value: float) -> float | None:
 
 
 def _interval(bounds: tuple[float, float]) -> tuple[float, float] | None:
-    """None for the NaN of outputs with a NaN and of a single sample."""
+    """None for the NaN of outputs with a NaN and of too few samples."""
     return bounds if np.isfinite(bounds).all() else None

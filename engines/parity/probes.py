@@ -212,6 +212,8 @@ def _batch_probes(loaded: Loaded, features: Sequence[Features], tolerances: Mapp
 
     batch, single = (len(samples), length), (1, length)
     room = longer > length
+    several = len(samples) > 1
+    one = "the data has one sample, which is no batch: compare on more"
     return [
         _judged(
             loaded,
@@ -226,14 +228,18 @@ def _batch_probes(loaded: Loaded, features: Sequence[Features], tolerances: Mapp
             [single, batch],
             lambda: _Contrast(together(), alone(length), tolerances),
             f"{len(samples)} samples one by one and in one batch, padded alike",
-        ),
+        )
+        if several
+        else ProbeResult("alone as in a batch", None, None, None, one),
         _judged(
             loaded,
             "permuted batch",
             [batch],
             lambda: _Contrast(loaded.rows(samples[::-1], length)[::-1], together(), tolerances),
             "the same batch in reverse order",
-        ),
+        )
+        if several
+        else ProbeResult("permuted batch", None, None, None, one),
         _judged(
             loaded,
             "extra padding",

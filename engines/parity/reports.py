@@ -24,9 +24,10 @@ class ParityReport:
 
     `difference` is engine - checkpoint in the metric's own unit; its interval resamples both together, so that it
     speaks of the difference and not of the samples. `secondary_metrics` are further metrics of the task: (checkpoint,
-    engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of a
-    single sample. `passed` is what outputs, probes and gates say together (see `verdict`); a report that contradicts
-    them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and tokenizer.
+    engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of
+    fewer than six samples. `passed` is what outputs, probes and gates say together (see `verdict`); a report that
+    contradicts them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and
+    tokenizer. `machine` is what it ran on, None in reports of older versions.
     """
 
     passed: bool
@@ -48,6 +49,7 @@ class ParityReport:
     pairs: tuple[Pair, ...]
     secondary_metrics: Mapping[str, tuple[float | None, float | None]]
     contents_sha256: str | None = None
+    machine: str | None = None
 
     def __post_init__(self) -> None:
         if self.passed != verdict(self.outputs, self.probes, self.gates):
@@ -55,6 +57,8 @@ class ParityReport:
 
     def require(self) -> None:
         """Raise `ParityError` unless `passed`."""
+        if not self.outputs:
+            raise ParityError(f"{self.engine}: no output of it was compared; build it again from a new export")
         for output in self.outputs:
             if not output.passed:
                 raise ParityError(
@@ -115,6 +119,8 @@ class Comparison:
 
     def require(self) -> None:
         """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run."""
+        if not self.reports:
+            raise ParityError("no engine was compared, so none passed; compare one that runs here")
         for report in self.reports:
             report.require()
         for engine in self.skipped if self.gates else ():
@@ -126,7 +132,8 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """False where `require` raises."""
-        return all(report.passed for report in self.reports) and not (self.gates and self.skipped)
+        passed = bool(self.reports) and all(report.passed for report in self.reports)
+        return passed and not (self.gates and self.skipped)
 
     def to_dict(self) -> dict[str, object]:
         """All of it in one record: whether `require` is content, the gates, and `to_list` as ``engines``."""
@@ -138,9 +145,10 @@ class Comparison:
 
 
 def verdict(outputs: Sequence[OutputParity], probes: Sequence[ProbeResult], gates: Sequence[GateResult]) -> bool:
-    """True when every output is within its tolerance, and no probe and no gate failed."""
+    """True when there are outputs, every one is within its tolerance, and no probe and no gate failed."""
     return (
-        all(output.passed for output in outputs)
+        len(outputs) > 0
+        and all(output.passed for output in outputs)
         and not any(probe.passed is False for probe in probes)
         and all(gate.passed for gate in gates)
     )

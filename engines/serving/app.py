@@ -127,7 +127,7 @@ class Service:
 
         async def model_ready(request: Request) -> Response:
             endpoint = self._endpoint(request)
-            ready = not self.draining and endpoint.model.withdrawn is None
+            ready = not self.draining and endpoint.model.is_answering
             return JSONResponse({"name": endpoint.name, "ready": ready}, 200 if ready else 503)
 
         async def server_ready(_: Request) -> Response:

@@ -148,6 +148,11 @@ class Model:
             engine.close()
         return_freed()
 
+    @property
+    def is_answering(self) -> bool:
+        """False once it was withdrawn, or once a thread of it that was started has ended."""
+        return self.withdrawn is None and all(thread.is_alive() for thread in self._threads)
+
     def require_serving(self) -> None:
         """Raise `RequestRefused` (503) when the model was withdrawn."""
         if self.withdrawn is not None:
@@ -195,13 +200,20 @@ class Model:
         feeds = {name: np.full(shape, pad, np.int64) for name, pad in self._pads.items()}
         feeds["attention_mask"][:] = 1
         try:
-            return engine.run(feeds)
+            outputs = engine.run(feeds)
         except NxmError:
             raise
         except Exception as error:  # a runtime raises what it likes, and this is where it meets the engine first
             raise ServeError(
                 f"{self.directory}: the engine fails at batch {shape[0]} and length {shape[1]}: {error}"
             ) from error
+        wrong = [name for name, array in outputs.items() if not np.isfinite(array).all()]
+        if wrong:  # each of its answers would be an error
+            raise ServeError(
+                f"{self.directory}: the engine gives NaN or infinity in {', '.join(wrong)} at batch {shape[0]} and "
+                f"length {shape[1]}; run `nxm compare --bisect`, and build it again"
+            )
+        return outputs
 
 
 def buckets_of(spec: IOSpec, passport: EnginePassport, options: ModelOptions) -> Buckets:

@@ -136,8 +136,8 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """True when every model is loaded and none was withdrawn."""
-        return self.opened and all(model.withdrawn is None for model in self._models.values())
+        """True when every model is loaded and answers: none was withdrawn, and no thread of one has ended."""
+        return self.opened and all(model.is_answering for model in self._models.values())
 
     @property
     def models(self) -> list[Model]:
@@ -168,9 +168,13 @@ class Repository:
             return [
                 {"name": name, "version": version, "state": "LOADING", "reason": ""} for name, version in self._sources
             ]
-        states = {model: "READY" if model.withdrawn is None else "UNAVAILABLE" for model in self._models.values()}
+        states = {model: "READY" if model.is_answering else "UNAVAILABLE" for model in self._models.values()}
+        reasons = {
+            model: "" if model.is_answering else _WITHDRAWN if model.withdrawn else _ENDED
+            for model in self._models.values()
+        }
         return [
-            {"name": name, "version": version, "state": states[model], "reason": _WITHDRAWN if model.withdrawn else ""}
+            {"name": name, "version": version, "state": states[model], "reason": reasons[model]}
             for name in self._endpoints
             for version in self.versions(name)
             for model in [self._endpoints[name][version].model]
@@ -254,6 +258,7 @@ class Repository:
 
 # What clients are told; the log has the objection, with the paths of this machine.
 _WITHDRAWN = "withdrawn: its parity with its checkpoint is not what --parity asks for"
+_ENDED = "a thread that runs its engine has ended; start the server again"
 
 
 def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:

@@ -4,21 +4,31 @@ run, does one run, and if not, why. This is the only judge: advice and `nxm doct
 Evidence, from strong to weak: the kernel's name in the engine inspector's report (and, where a profile was taken,
 among the kernels that really ran); the builder's own lists of sparse layers, in both wordings; the layers that a
 verbose build prints. ``HasSparseWeights`` only says that the builder saw the pattern: it is never proof. Whatever
-contradicts itself, or is missing, is unknown, and unknown counts as not sparse.
+contradicts itself, is missing, does not say which of several products it is of, or is not tied to the engine by the
+hashes of its passport, is unknown, and unknown counts as not sparse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
-from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
+from engines.passport import EnginePassport, load_passport
+from engines.sparsity.build_evidence import (
+    Evidence,
+    LayerInfo,
+    ambiguous_names,
+    product_layers,
+    read_evidence,
+    unclear_products,
+)
+from engines.sparsity.kernel_names import Existence, is_among, kernel_named, sparse_kernel_exists
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
-from nxm_export.errors import ArtifactError, ParityError
-from nxm_export.storage.json_files import encode, read_record, to_builtins
+from nxm_export.errors import ArtifactError, EngineError, ParityError
+from nxm_export.storage.json_files import decode, encode, to_builtins
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,6 +69,8 @@ REASONS = {
     "no-gpu": "built without a GPU: kernels are chosen when the engine is loaded on one",
     "no-engine": "a graph alone: build it to know",
     "contradiction": "the evidence contradicts itself",
+    "ambiguous": "the evidence does not say which of several products it is of",
+    "untied": "nothing ties the evidence to this engine",
     "unknown": "the builder does not say which kernel runs it",
 }
 
@@ -109,6 +121,15 @@ class FileProblem:
 
 
 @dataclass(frozen=True)
+class ProductNames:
+    """How a builder's report names the products of a graph: `nodes` are those of all products, also of two activations;
+    `ambiguous` those by which it cannot tell a product from other nodes, with the reason."""
+
+    nodes: tuple[str, ...] = ()
+    ambiguous: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class WeightFacts:
     """The file ``weights.json``: what the graph offers of every matrix, and what it was built for."""
 
@@ -119,6 +140,7 @@ class WeightFacts:
     sparse_flag: bool
     facts: tuple[MatrixFacts, ...]
     unread: tuple[UnreadProduct, ...] = ()
+    names: ProductNames = ProductNames()
 
     @property
     def target(self) -> SparsityTarget:
@@ -199,11 +221,16 @@ class SparsityReport:
         return counts
 
     def require_sparse(self, share: float) -> None:
-        """Raise `ParityError` unless at least `share` (0 to 1) of the planned-sparse elements provably run sparse."""
+        """Raise `ParityError` unless at least `share` (above 0, up to 1) of the planned-sparse elements provably run
+        sparse, and `EngineError` for another share: any engine has none."""
+        if not 0.0 < share <= 1.0:
+            raise EngineError(
+                f"a share of {share} requires nothing, or more than there is; give one above 0 and up to 1"
+            )
         actual = self.sparse_share
         if actual is None:
             raise ParityError("no matrix was planned sparse, so none is required to run sparse; plan 2:4 first")
-        if actual < share:
+        if not actual >= share:
             why = ", ".join(f"{count} x {reason}" for reason, count in self.counts.items() if reason != "sparse")
             raise ParityError(
                 f"{actual:.1%} of the planned-sparse weights provably run sparse, {share:.1%} required; "
@@ -231,13 +258,15 @@ def judge(
     target: SparsityTarget,
     twin: Evidence | None = None,
     problems: Sequence[FileProblem] = (),
+    names: ProductNames = ProductNames(),
 ) -> SparsityReport:
     """The report on matrices.
 
     Without `evidence` a graph is judged alone: nothing can be chosen, and nothing is eligible while the file has
     `problems`. `twin` is the evidence of the dense engine of the same graph, for the time that
-    sparsity saves."""
-    weights = []
+    sparsity saves. `names` are those of the graph's products."""
+    weights, facts = [], tuple(facts)
+    doubts = {} if evidence is None else _doubts(facts, evidence, names)
     for fact in facts:
         obstacle, detail, eligible = _obstacle(fact, target)
         if obstacle is None and problems:
@@ -265,8 +294,14 @@ def judge(
             reason, detail = _unbuilt(fact, weight, target)
             weight = replace(weight, chosen=None if fact.sparse_along_k else False, reason=reason, detail=detail)
         else:
-            weight = _with_evidence(weight, fact, evidence, obstacle, target)
-            weight = _with_times(weight, fact, evidence, twin)
+            doubt = doubts.get(fact.node)
+            weight = (
+                _with_evidence(weight, fact, evidence, obstacle, target)
+                if doubt is None
+                else _without_proof(weight, fact, obstacle, target, doubt)
+            )
+            if doubt is None:
+                weight = _with_times(weight, fact, evidence, twin)
         detail = weight.detail or (REASONS[weight.reason] if weight.reason else "")
         weights.append(replace(weight, detail=detail))
     return SparsityReport(target, tuple(weights))
@@ -375,12 +410,41 @@ def _of_numbers(fact: MatrixFacts) -> tuple[str, str] | None:
     return None
 
 
+def _doubts(facts: Sequence[MatrixFacts], evidence: Evidence, names: ProductNames) -> dict[str, tuple[str, str]]:
+    """(reason, detail) by node, of products of which the evidence proves nothing."""
+    counts = Counter(fact.node for fact in facts)
+    if evidence.untied is not None:
+        return dict.fromkeys(counts, ("untied", f"{REASONS['untied']}: {evidence.untied}"))
+    found = {node: ("ambiguous", text) for node, text in names.ambiguous.items()}
+    products = {*names.nodes, *counts}
+    for node, count in counts.items():
+        if count > 1:
+            found[node] = ("ambiguous", f"{count} matrices are of products named {node!r}")
+        unclear = [layer for layer in product_layers(evidence.layers, node) if unclear_products(layer, products)]
+        if unclear:
+            text = f"one kernel runs in the layer {unclear[0].name}, which has several products and is named like none"
+            found.setdefault(node, ("ambiguous", text))
+    return found
+
+
+def _without_proof(
+    weight: WeightSparsity, fact: MatrixFacts, obstacle: str | None, target: SparsityTarget, doubt: tuple[str, str]
+) -> WeightSparsity:
+    """The verdict on a matrix of which the evidence proves nothing, for the reason `doubt`."""
+    if not fact.sparse_along_k or not target.sparse_flag:
+        return replace(weight, chosen=False)  # whatever runs, it cannot be a sparse kernel
+    if obstacle:
+        return weight
+    reason, detail = doubt if target.has_gpu else ("no-gpu", "")
+    return replace(weight, reason=reason, detail=detail)
+
+
 def _with_evidence(
     weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, target: SparsityTarget
 ) -> WeightSparsity:
     """The verdict of an engine's evidence on one matrix; one function, because the order of the cases is the rule."""
     layers = [layer for layer in evidence.layers if fact.node and fact.node in layer.onnx]
-    products = [layer for layer in layers if layer.is_product]
+    products = product_layers(evidence.layers, fact.node) if fact.node else []
     kernels = [kernel_named(layer.kernel) for layer in products]
     names = " | ".join(dict.fromkeys(layer.kernel for layer in products if layer.kernel)) or None
     weight = replace(weight, kernel=names, shared_with=_merged(fact.node, products))
@@ -397,11 +461,20 @@ def _with_evidence(
             )  # fmt: skip
         if sparse and _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
             return replace(weight, eligible=True, chosen=False, reason="float-kernel")
-        if evidence.running is not None and not all(_ran(layer.kernel, evidence.running) for layer in products):
+        running = evidence.running
+        if running is not None and not (products and all(is_among(layer.kernel, running) for layer in products)):
             return replace(
                 weight, eligible=True, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel, and the profiler did not see it run",
             )  # fmt: skip
+        if not products and any(layer.kind for layer in layers or evidence.layers):
+            return replace(
+                weight, chosen=None, reason="contradiction",
+                detail="the build log says sparse, and no layer of the engine is this product",
+            )  # fmt: skip
+        if products and (others := evidence.profiles - {layer.profile for layer in products}):
+            detail = f"a sparse kernel runs in other profiles, and profile {min(others)} does not name this product"
+            return replace(weight, eligible=True, chosen=None, reason="unknown", detail=detail)
         return replace(
             weight, eligible=True, chosen=True, reason=None, detail="" if sparse else "by the builder's log alone"
         )
@@ -437,10 +510,6 @@ def _merged(node: str, products: Sequence[LayerInfo]) -> tuple[str, ...]:
     return tuple(sorted({part for layer in products for part in layer.parts if part in layer.onnx and part != node}))
 
 
-def _ran(kernel: str, running: frozenset[str]) -> bool:
-    return any(kernel in name or name in kernel for name in running)
-
-
 def _with_times(weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, twin: Evidence | None) -> WeightSparsity:
     mine = _product_ms(fact.node, evidence)
     other = _product_ms(fact.node, twin) if twin is not None else None
@@ -448,7 +517,7 @@ def _with_times(weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, t
 
 
 def _product_ms(node: str, evidence: Evidence) -> float | None:
-    names = [layer.name for layer in evidence.layers if layer.profile == 0 and layer.is_product and node in layer.onnx]
+    names = [layer.name for layer in product_layers(evidence.layers, node) if layer.profile == 0]
     if not names or any(name not in evidence.layer_ms for name in names):
         return None
     return sum(evidence.layer_ms[name] for name in names)
@@ -456,9 +525,10 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
 
 def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
     """Write ``weights.json``: what the graph offers, and what it was built for."""
-    from nxm_export.graph.reading.sparsity_scan import scan_products
+    from nxm_export.graph.reading.sparsity_scan import node_names, product_names, scan_products
 
-    scanned = scan_products(model, str(out))
+    scanned, products = scan_products(model, str(out)), product_names(model)
+    ambiguous = ambiguous_names(node_names(model))
     record = WeightFacts(
         backend=target.backend,
         version=target.version,
@@ -467,6 +537,7 @@ def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> No
         sparse_flag=target.sparse_flag,
         facts=scanned.facts,
         unread=scanned.unread,
+        names=ProductNames(products, {name: ambiguous[name] for name in products if name in ambiguous}),
     )
     (out / FACTS_FILE).write_text(encode(record, FACTS_SCHEMA), encoding="utf-8")
 
@@ -477,15 +548,62 @@ def read_sparsity_report(
     """Judge an engine directory by all that lies in it; `twin` is the dense engine's, `running` kernel names of a
     profile.
 
-    Raises `ArtifactError` when the directory has no ``weights.json``, or one that is damaged.
+    Raises `ArtifactError` when a file is not the one of the passport, and when the directory has no ``weights.json``,
+    or one that is damaged; `EngineError` for a `twin` that is none (see `twin_problem`), or was timed at another shape.
     """
+    passport = load_passport(directory)
+    passport.require_whole(directory)  # what lies beside an engine file proves something of that one alone
+    record = read_weight_facts(directory, passport)
+    evidence = read_evidence(directory, running)
+    dense = None if twin is None else _twin_evidence(directory, passport, evidence, twin)
+    report = judge(record.facts, evidence, record.target, dense, names=record.names)
+    return replace(report, unread=record.unread)
+
+
+def _twin_evidence(directory: Path, passport: EnginePassport, evidence: Evidence, twin: Path) -> Evidence:
+    """The evidence of the dense twin of an engine, timed as `evidence` was."""
+    other = load_passport(twin)
+    other.require_whole(twin)
+    if (problem := twin_problem(other, passport)) is not None:
+        raise EngineError(
+            f"{twin} is no dense twin of {directory}: {problem}, so their times say nothing about 2:4; "
+            "`nxm build --twins` builds both"
+        )
+    dense = read_evidence(twin)
+    if evidence.shape is not None and dense.shape is not None and evidence.shape != dense.shape:
+        mine, theirs = ("x".join(map(str, shape)) for shape in (evidence.shape, dense.shape))
+        raise EngineError(
+            f"{directory} was measured at {mine} (batch x sequence), and {twin} at {theirs}; build both with the same "
+            "--profile, and run `nxm inspect --measure` on each"
+        )
+    return dense
+
+
+def twin_problem(dense: EnginePassport, sparse: EnginePassport) -> str | None:
+    """In what `dense` differs from the dense twin of the engine `sparse`, None where in nothing: a twin is built from
+    the same graph, for the same machine and shapes, with the same options but for sparse kernels."""
+    if dense.options.get("sparse") is not False:
+        return "it was built with sparse kernels"
+    for what in ("backend", "onnx_sha256", "requires", "profiles"):
+        ours, theirs = getattr(sparse, what), getattr(dense, what)
+        if ours != theirs:
+            name = {"onnx_sha256": "graph", "requires": "machine"}.get(what, what)
+            return f"its {name} is {theirs}, and not {ours}"
+    for key in ("level", "workspace_bytes", "build_route", "fuse"):
+        if dense.options.get(key) != sparse.options.get(key):
+            return f"it was built with {key} {dense.options.get(key)}, and not {sparse.options.get(key)}"
+    return None
+
+
+def read_weight_facts(directory: Path, passport: EnginePassport) -> WeightFacts:
+    """``weights.json`` of an engine directory; `ArtifactError` where it is missing, damaged, or not the one of its
+    passport."""
     file = directory / FACTS_FILE
-    if not file.is_file():
+    text = passport.read_evidence(directory, FACTS_FILE)
+    if text is None:
         raise ArtifactError(
             f"{file} is missing: this engine was built by an older version, or elsewhere; build it again"
         )
     former = {"nxm-truth/1": lambda fields: fields}  # the same fields under another name
-    record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out="build the engine again", older=former)
-    dense = read_evidence(twin) if twin is not None else None
-    report = judge(record.facts, read_evidence(directory, running), record.target, dense)
-    return replace(report, unread=record.unread)
+    way_out = "build the engine again"
+    return decode(text, WeightFacts, schema=FACTS_SCHEMA, source=str(file), way_out=way_out, older=former)

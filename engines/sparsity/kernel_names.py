@@ -1,13 +1,14 @@
 """What kernel names say, and which sparse kernels exist at all (the catalogue ``sparse_kernels.json``).
 
 A kernel's name is the only proof of a sparse product. The rules are deliberately narrow: a name that they do not know
-is unknown, and unknown never counts as sparse.
+is unknown, and unknown never counts as sparse. Words are compared whole: ``convert`` is no ``conv``, and ``s884gemm``
+(of floats) no ``s8``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -20,9 +21,14 @@ CATALOGUE_SCHEMA = "nxm-sparse-kernels/1"
 # Names as in the libraries of TensorRT 8.6 and RTX 1.7 and in inspector reports: sm80_xmma_sparse_gemm_i8i8_...,
 # sm80_xmma_fprop_sparse_conv_..., sm80_xmma_fprop_avdt_sparse_int8int8_..., cutlass3x_sm100_sptensorop_...spgemm_s8_...
 _KERNEL = re.compile(r"^(ampere_|hopper_|turing_|volta_|cutlass|cask|xmma|void |_Z|sm\d+_|.*_xmma_)", re.IGNORECASE)
-_SPARSE = re.compile(r"(?:^|[_\W])sparse(?:[_\W]|$)|spgemm|sptensorop", re.IGNORECASE)
-_PRODUCT = re.compile(r"gemm|conv|fprop|imma|gmma|mha", re.IGNORECASE)
-_INTEGER = re.compile(r"(?<![a-z0-9])(?:i8|int8|s8)|imma|igmma", re.IGNORECASE)
+_SPARSE = re.compile(r"(?<![a-z0-9])(?:sparse|sptensorop|(?:[a-z]?\d[\dx]*)?spgemm)(?![a-z0-9])", re.IGNORECASE)
+_PRODUCT = re.compile(r"gemm|fprop|(?<![a-z])(?:conv|convolution|i?g?mma|mha)(?:\d?d)?(?![a-z])", re.IGNORECASE)
+_INTEGER = re.compile(
+    r"(?<![a-z0-9])(?:(?:i|s|u|int|uint)8)+(?:[isf]\d+)?(?![a-z0-9])|(?<![a-z])i(?:g?mma|\d+(?:sp)?gemm)(?![a-z])",
+    re.IGNORECASE,
+)
+# A kernel's whole name as a profiler prints it: a library adds such as _execute_segment_k_off_kernel_trt.
+_RAN = r"(?<!\w){}(?:(?:_execute(?:_\w+?)?)?_kernel\w*)?(?!\w)"
 _STUBS = ("__myelin_CASK_STUB",)
 
 
@@ -41,6 +47,13 @@ def kernel_named(name: str | None) -> Kernel | None:
     if not name or name in _STUBS or name.startswith("__myl") or not _KERNEL.match(name) or not _PRODUCT.search(name):
         return None
     return Kernel(name, True, bool(_SPARSE.search(name)), bool(_INTEGER.search(name)))
+
+
+def is_among(kernel: str, running: Iterable[str]) -> bool:
+    """Whether `kernel` is the whole of one of the names `running`, as profilers print them: within brackets and other
+    words, or with the ``_kernel`` of its library behind it. A part of a name is another kernel's."""
+    pattern = re.compile(_RAN.format(re.escape(kernel)))
+    return bool(kernel) and any(pattern.search(name) for name in running)
 
 
 @dataclass(frozen=True)

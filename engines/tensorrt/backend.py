@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 from engines.base import BackendCapabilities, BuildOptions, LoadOptions, Profile, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
-from engines.sparsity.build_evidence import LOG_FILE
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
+from engines.sparsity.build_evidence import LAYERS_FILE, LOG_FILE
+from engines.sparsity.judgement import (
+    FACTS_FILE,
+    SparsityReport,
+    SparsityTarget,
+    read_sparsity_report,
+    write_weight_facts,
+)
 from engines.tensorrt.builder_process import (
     CACHE_FILE,
     STRONGLY_TYPED_SINCE,
@@ -118,6 +124,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         source=source,
         bindings=built.bindings,
         profiles=profiles,
+        evidence=(FACTS_FILE, LAYERS_FILE, LOG_FILE),
     )
     return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, passport)
 

@@ -399,12 +399,16 @@ def _inspect(trt: TensorRT, engine_bytes: bytes, profiles: Sequence[Profile]) ->
         context = engine.create_execution_context()
         if context is None:
             raise _Refused("not enough GPU memory to inspect the engine that it just built; see the log")
-        if index:
-            context.set_optimization_profile_async(index, 0)
+        if index and not context.set_optimization_profile_async(index, 0):
+            # The report would be that of another profile.
+            raise _Refused(f"TensorRT does not inspect profile {index} of the engine that it just built; see the log")
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
-            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and -1 in tuple(engine.get_tensor_shape(name)):
-                context.set_input_shape(name, sizes.optimum)
+            free = Binding(name, "", tuple(map(int, engine.get_tensor_shape(name))))
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and -1 in free.shape:
+                shape = shape_at(free, *sizes.optimum)
+                if not context.set_input_shape(name, shape):
+                    raise _Refused(f"TensorRT does not inspect {name} of shape {shape} in profile {index}; see the log")
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)

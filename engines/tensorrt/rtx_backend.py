@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
-from engines.sparsity.build_evidence import LOG_FILE, integer_products, parse_layers
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
+from engines.sparsity.build_evidence import LOG_FILE, ambiguous_names, integer_products, parse_layers
+from engines.sparsity.judgement import (
+    FACTS_FILE,
+    SparsityReport,
+    SparsityTarget,
+    read_sparsity_report,
+    write_weight_facts,
+)
 from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
 from engines.tensorrt.profiles import graph_inputs, profiles_for
@@ -38,7 +44,8 @@ COMPUTE_CAPABILITIES = ((8, 6), (8, 9), (12, 0))  # Ampere, Ada and Blackwell RT
 
 @dataclass(frozen=True)
 class IntegerProducts:
-    """How many quantized products of the graph the builder runs on integers, and which ones in float."""
+    """How many quantized products of the graph the builder runs on integers, and which ones in float or, where the log
+    does not tell two apart, perhaps in float."""
 
     planned_products: int
     integer_products: int
@@ -109,6 +116,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         source=source,
         bindings=built.bindings,
         profiles=profiles,
+        evidence=(FACTS_FILE, LOG_FILE),
     )
     return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, facts)
 
@@ -147,12 +155,14 @@ def inspect(directory: str | Path) -> RtxFacts:
 def _count(log: Path, model: ir.Model) -> IntegerProducts:
     """How many of the graph's quantized products run on integers, from the layers that the builder printed."""
     from nxm_export.graph.reading.graph_weights import graph_weights
+    from nxm_export.graph.reading.sparsity_scan import node_names
 
     products = [weight.node.name or "" for weight in graph_weights(model) if weight.is_quantized]
+    ambiguous = ambiguous_names(node_names(model))
     with log.open(encoding="utf-8", errors="replace") as lines:
-        runs_integer = integer_products(parse_layers(lines), products)
-    in_float = tuple(sorted(name for name, integer in runs_integer.items() if not integer))
-    return IntegerProducts(len(runs_integer), sum(runs_integer.values()), in_float)
+        runs_integer = integer_products(parse_layers(lines), products, ambiguous)
+    in_float = tuple(sorted(name for name, integer in zip(products, runs_integer, strict=True) if not integer))
+    return IntegerProducts(len(products), sum(runs_integer), in_float)
 
 
 def _require_integer_convolutions(model: ir.Model, float_products: Sequence[str], onnx: Path) -> None:

@@ -1,8 +1,9 @@
 """Check a model repository against its manifest, in the container that is to serve it, then start what follows.
 
-Usage: ``python3 check_manifest.py REPOSITORY [-- COMMAND ...]``. Every file must be the one that was written, and where
-there are TensorRT plans, the container's TensorRT must be the version that built them: any other refuses a plan with a
-message that does not say which one it wants. Standard library only, so that it runs in any container.
+Usage: ``python3 check_manifest.py REPOSITORY [-- COMMAND ...]``. Every file must be the one that was written, and no
+folder may have another: Triton serves every model that it finds, in its highest version. Where there are TensorRT
+plans, the container's TensorRT must be the version that built them: any other refuses a plan with a message that does
+not say which one it wants. Standard library only, so that it runs in any container.
 """
 
 from __future__ import annotations
@@ -55,12 +56,30 @@ def problems(repository: Path, tensorrt: str | None) -> list[str]:
             complaints.append(f"{name} is missing")
         elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             complaints.append(f"{name} is not the file that was written")
+    complaints += [
+        f"{name} was not written here, and Triton may serve it; remove it" for name in others(repository, files)
+    ]
     if needed is not None and not same_version(needed, tensorrt):
         complaints.append(
             f"the plans were built by TensorRT {needed}, and this container has {tensorrt or 'none'}; "
             "take the container with that version, or build the engines again in this one"
         )
     return complaints
+
+
+def others(repository: Path, files: dict[str, str]) -> list[str]:
+    """Files in the folders of a repository that are none of `files`, but for what is hidden and what Python caches."""
+    found = []
+    for file in sorted(repository.rglob("*")):
+        parts = file.relative_to(repository).parts
+        if (
+            len(parts) > 1
+            and file.is_file()
+            and not any(part.startswith(".") or part == "__pycache__" for part in parts)
+        ):
+            name = "/".join(parts)
+            found += [name] if name not in files else []
+    return found
 
 
 def same_version(needed: str, actual: str | None) -> bool:

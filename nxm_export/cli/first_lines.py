@@ -92,8 +92,9 @@ def of_bench(report: BenchReport) -> str:
     for name in dict.fromkeys(ratio.name for ratio in report.ratios):
         ratios = [ratio for ratio in report.ratios if ratio.name == name]
         words = {_word(ratio.interval) for ratio in ratios}
-        word = words.pop() if len(words) == 1 else "faster or slower, by shape"
-        sentences.append(f"{name}: {word}")
+        found = words & {"faster", "slower"}
+        some = "faster or slower, by shape" if len(found) == 2 else f"{''.join(found)} at some shapes"
+        sentences.append(f"{name}: {words.pop() if len(words) == 1 else some}")
     return f"Against {report.ratios[0].reference}: {'; '.join(sentences)}."
 
 

@@ -218,5 +218,5 @@ def _difference(of: ParityReport | Pair) -> str:
 
 
 def _bounds(interval: tuple[float, float] | None, form: str = ".4f") -> str:
-    """An interval in brackets; a single sample has none."""
+    """An interval in brackets; too few samples have none."""
     return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"

@@ -267,7 +267,7 @@ def _print_all(summary: RunSummary) -> None:
 
 def _print_quality(summary: RunSummary) -> None:
     low, high = summary.difference_interval
-    known = low is not None and high is not None  # not for a single sample, nor with NaN in the outputs
+    known = low is not None and high is not None  # not for too few samples, nor with NaN in the outputs
     rows = [
         ("dense, FP32", score_text(summary.dense), ""),
         ("compressed, PyTorch", score_text(summary.checkpoint), _counts(summary.plan, summary.embedding)),

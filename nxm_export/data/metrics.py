@@ -21,6 +21,8 @@ from nxm_export.data.token_labels import OUTSIDE, scored_tags
 from nxm_export.errors import DataError
 
 RANKS = 10  # of a ranking that count
+# Fewer samples have no 95 % interval: of five that differ, all lie on one side by chance alone once in 16.
+LEAST_UNITS = 6
 # The group of every sample (samples,), see `nxm_export.data.features.group_array`; None: each its own.
 Groups = np.ndarray | None
 
@@ -207,8 +209,7 @@ def interval(
     classes: Sequence[str] = (),
     groups: Groups = None,
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of a metric over samples, or over `groups` of them; NaN for a single one, which says
-    nothing about others."""
+    """95 % bootstrap interval of a metric over samples, or over `groups` of them; NaN for fewer than `LEAST_UNITS`."""
     if np.isnan(outputs).any():
         return math.nan, math.nan
     units, value = _resampled(name, outputs, labels, classes, groups)
@@ -225,7 +226,7 @@ def paired_interval(
     groups: Groups = None,
 ) -> tuple[float, float]:
     """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples, or over
-    `groups`; NaN for a single one."""
+    `groups`; NaN for fewer than `LEAST_UNITS`."""
     if np.isnan(outputs).any() or np.isnan(reference).any():
         return math.nan, math.nan
     units, ours = _resampled(name, outputs, labels, classes, groups)
@@ -269,4 +270,4 @@ def _resampled(
 
 
 def _interval(units: int, value: Callable[[np.ndarray], float], seed: int) -> tuple[float, float]:
-    return bootstrap_interval(units, value, seed) if units > 1 else (math.nan, math.nan)
+    return bootstrap_interval(units, value, seed) if units >= LEAST_UNITS else (math.nan, math.nan)

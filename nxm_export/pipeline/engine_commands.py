@@ -195,11 +195,12 @@ def build_fastest(
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:
             comparison = compare_engines(check.checkpoint, list(engines.values()), check.data, check.columns)
-            for report in comparison.reports:
-                if not report.passed:
-                    name = Path(report.engine).name
-                    engines.pop(name)
-                    left_out[name] = "it does not compute what the checkpoint computes"
+            passed = {Path(report.engine).name for report in comparison.reports if report.passed}
+            skipped = {Path(engine.engine).name: engine.reason for engine in comparison.skipped}
+            for name in [name for name in engines if name not in passed]:
+                engines.pop(name)
+                why = "it does not compute what the checkpoint computes"
+                left_out[name] = f"it could not be compared: {skipped[name]}" if name in skipped else why
             if not engines:
                 raise EngineError(
                     f"{source}: no engine passes the comparison with {check.checkpoint}; run `nxm compare`"
@@ -373,7 +374,7 @@ def bench_engines(
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
     from engines.memory import require_room
-    from engines.passport import load_passport
+    from engines.passport import load_passport, running_on
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
     given = [Path(path) for path in engines]
@@ -403,7 +404,9 @@ def bench_engines(
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
-    return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
+    measured = [passports[path] for path, name in zip(paths, _names(paths), strict=True) if name not in unmeasured]
+    verdict = _verdict(report, twins, passports)
+    return replace(report, verdict=verdict, unmeasured=absent, machine=running_on(measured[0]))
 
 
 def _default_shapes(engines: Sequence[Path]) -> list[tuple[int, int]]:
@@ -425,11 +428,14 @@ def _verdict(
 ) -> str | None:
     """Whether 2:4 pays on this GPU, where both INT8 twins were timed; `twins` are (name, directory) by their part."""
     from engines.benchmark.latency import sparse_verdict
+    from engines.sparsity.judgement import twin_problem
     from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE
 
     if DENSE not in twins or SPARSE not in twins:
         return None
-    (dense, _), (sparse, path) = twins[DENSE], twins[SPARSE]
+    (dense, other), (sparse, path) = twins[DENSE], twins[SPARSE]
+    if (problem := twin_problem(passports[other], passports[path])) is not None:
+        return f"no verdict: {other} is no dense twin of {path}: {problem}"
     gpu = passports[path].device.get("gpu", "this GPU")
     return sparse_verdict(report, sparse, dense, sparsity_of(path).sparse_share, gpu)
 

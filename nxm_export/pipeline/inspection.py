@@ -244,9 +244,6 @@ def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None 
         facts = backend(load_passport(directory).backend).inspect(directory)
         assert isinstance(facts, ProfiledFacts)
         return facts.sparsity
-    # What lies beside an engine file proves something of the one that it was written with alone.
-    for engine in (directory, *([] if twin is None else [twin])):
-        load_passport(engine).require_whole(engine)
     running = None
     if kernels is not None:
         if not kernels.is_file():

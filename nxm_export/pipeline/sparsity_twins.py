@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import LOWERING
+from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.json_files import encode, read_record, to_json_object
 
@@ -92,9 +93,16 @@ def build_twins(
 
 
 def twin_directories(directory: Path) -> list[Path]:
-    """The engine directories of a twins directory, the dense INT8 one first; raises `ArtifactError` when it is none."""
+    """The engine directories of a twins directory, the dense INT8 one first; raises `ArtifactError` when it is none,
+    and for a twin that is not the one that was built with the others."""
+    from engines.passport import load_passport
+
     way_out = "build the twins again (`nxm build --twins`)"
-    read_record(directory / TWINS_FILE, BuiltTwins, schema=SCHEMA, way_out=way_out)
+    built = read_record(directory / TWINS_FILE, BuiltTwins, schema=SCHEMA, way_out=way_out)
+    for name in TWINS:
+        passport = load_passport(directory / name)
+        if built.twins.get(name) != TwinHashes(passport.engine_sha256, passport.onnx_sha256):
+            raise ArtifactError(f"{directory / name} is not the engine that {TWINS_FILE} names there; {way_out}")
     return [directory / name for name in TWINS]
 
 

@@ -221,10 +221,18 @@ def _speed(run: Run) -> Verdict:
     shape = f"{slowest.batch}x{slowest.sequence}"
     among = f", the slowest of {len(measured)} shapes" if measured[1:] else ""
     lead: tuple[Piece, ...] = (slowest.speedup.shown("ratio"), f"x at {shape}{among}")
-    device = engine.passport.content.device.get("name") if engine.passport else None
-    note = f"{engine.name} against {slowest.reference}, 95 % intervals of paired rounds"
-    note += f", on {device}." if device else "."
+    note = f"{engine.name} against {slowest.reference}, 95 % intervals of paired rounds{_timed_on(run, engine)}."
     return Verdict("speed", title, state, word, rows, note, lead)
+
+
+def _timed_on(run: Run, engine: EngineEntry) -> str:
+    """Where an engine was timed, in words; of an older bench, which does not say, where it was built."""
+    timed = [bench.content for bench in run.benches if any(t.name == engine.name for t in bench.content.timings)]
+    machines = {report.machine for report in timed}
+    if len(machines) == 1 and (machine := machines.pop()) is not None:
+        return f", on {machine}"
+    device = engine.passport.content.device.get("name") if engine.passport else None
+    return f"; built on {device}" if device else ""
 
 
 def _word_of_speed(intervals: Sequence[tuple[float, float]]) -> tuple[str, str]:

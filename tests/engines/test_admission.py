@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from engines.admission import admitted, gate_state
-from engines.passport import covered_spec, covered_tokenizer, load_passport
+from engines.parity.reports import PARITY_FILE, SCHEMA, read_parity_report
+from engines.passport import covered_spec, covered_tokenizer, cpu_device, load_passport, running_on
 from engines.predictor import Predictor
 from engines.serving.model import open_model
 from engines.serving.repository import EngineSource
@@ -21,7 +22,9 @@ from engines.serving.settings import ModelOptions, TritonOptions
 from engines.triton import export_repository
 from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, NxmError, ParityError, ServeError
+from nxm_export.storage.json_files import encode
 from tests.support import exact_engine
+from tests.support.records import PASSPORT
 
 Answering = Callable[[Path, str, frozenset[str]], object]
 
@@ -225,3 +228,27 @@ def test_a_tokenizer_that_panics_is_an_error_and_no_crash(copy: Path, answer: An
     exact_engine.cover(copy)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a \w+ tokenizer"):
         answer(copy, "off", frozenset())
+
+
+@pytest.mark.parametrize(("compared", "said"), [("another CPU", True), (None, False), ("this one", False)])
+def test_an_engine_that_was_compared_on_another_machine_says_so(
+    engine: Path, tmp_path: Path, compared: str | None, said: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Its kernels for INT8 are chosen by the CPU: without VNNI, sums of products may saturate."""
+    copy = Path(shutil.copytree(engine, tmp_path / "copy"))
+    passport = load_passport(copy)
+    report = read_parity_report(copy / PARITY_FILE)
+    machine = running_on(passport) if compared == "this one" else compared
+    (copy / PARITY_FILE).write_text(encode(replace(report, machine=machine), SCHEMA))
+    assert admitted(copy, "passed") == passport
+    told = [str(warning.message) for warning in recwarn]
+    assert any("was compared with its checkpoint on another CPU, and runs on" in text for text in told) is said
+
+
+def test_an_engine_runs_on_this_cpu_or_on_the_gpu_that_it_is_bound_to() -> None:
+    device = cpu_device()
+    assert running_on(PASSPORT) == (
+        f"{device['name']} ({device['features']})" if device.get("features") else device.get("name")
+    )
+    assert running_on(replace(PASSPORT, backend="trt", requires={"gpu": "L4"})) == "L4"
+    assert running_on(replace(PASSPORT, backend="of the future")) is None

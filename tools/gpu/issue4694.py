@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.base import BACKENDS, BuildOptions, backend
-from engines.sparsity.build_evidence import LayerInfo, read_evidence
+from engines.sparsity.build_evidence import LayerInfo, product_layers, read_evidence
 from engines.sparsity.judgement import SparsityReport
 from nxm_export.errors import NxmError
 from nxm_export.graph.exporter import export
@@ -45,12 +45,11 @@ class Form:
 
 def forms(report: SparsityReport, layers: Sequence[LayerInfo]) -> Counter[Form]:
     """How often every form stands among the matrices that are planned sparse."""
-    products: dict[str, LayerInfo] = {node: layer for layer in layers if layer.is_product for node in layer.onnx}
     counted: Counter[Form] = Counter()
     for weight in report.weights:
         if not weight.planned_sparse:
             continue
-        layer = products.get(weight.node)
+        layer = next(iter(product_layers(layers, weight.node)), None)
         inputs, output = ("?", "?") if layer is None else (_types(layer.inputs), _types(layer.outputs))
         kernel = weight.kernel or (layer.kernel if layer is not None else "") or "?"
         counted[Form(inputs, output, kernel, weight.reason or "sparse")] += 1

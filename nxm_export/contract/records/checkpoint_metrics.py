@@ -1,7 +1,7 @@
 """``metrics.json`` of a checkpoint: what `finetune` and `compress` measured on the dev data, and how they came there.
 
 There are two kinds of it, `DenseMetrics` and `CompressionMetrics`; the field ``kind`` says which. A number that could
-not be computed is None: an interval of a single sample, say, or a metric of outputs that hold a NaN.
+not be computed is None: an interval of a few samples, say, or a metric of outputs that hold a NaN.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from nxm_export.contract.records.matrix_facts import MatrixFacts, ScannedProduct
 from nxm_export.contract.records.verify_report import VerifyReport
 from nxm_export.graph.quantized_values import input_codes, output_type, reads_an_input
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, parameter_of
-from nxm_export.graph.reading.products import groups_of, name_of
+from nxm_export.graph.reading.products import groups_of, name_of, operands
 from nxm_export.graph.verifier import embedded_plan, scale_problems, verify_model
 
 SPARSE = NMPattern(2, 4)
@@ -34,6 +34,18 @@ def scan_products(model: ir.Model, source: str) -> ScannedProducts:
     for _ in scan.products():
         pass
     return scan.seen
+
+
+def node_names(model: ir.Model) -> list[str]:
+    """The name of every node of a graph and of its local functions, as `MatrixFacts.node` has it; one that two nodes
+    have is there twice."""
+    functions = (node for function in model.functions.values() for node in function.all_nodes())
+    return [name_of(node) for node in (*model.graph.all_nodes(), *functions)]
+
+
+def product_names(model: ir.Model) -> tuple[str, ...]:
+    """The name of every node that multiplies, or may multiply, weights or activations, each once."""
+    return tuple(dict.fromkeys(name_of(node) for node in model.graph.all_nodes() if any(operands(node))))
 
 
 def scan_and_verify(model: ir.Model, source: str) -> tuple[ScannedProducts, VerifyReport]:

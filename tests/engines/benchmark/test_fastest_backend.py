@@ -17,7 +17,7 @@ from engines.benchmark.latency import BenchReport, bench
 from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
 from nxm_export.cli import main
-from nxm_export.errors import EngineError
+from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline.engine_commands import ParityCheck, build_fastest
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
 from tests.support import onnx_text
@@ -155,6 +155,37 @@ def test_an_engine_that_fails_the_comparison_is_no_candidate(
     assert "only candidate" in choice.why
     assert entry_at(load_passport(tmp_path / "engine").options, "auto", "parity") == "passed"
     assert json.loads((tmp_path / "engine" / "parity.json").read_text())["passed"] is True
+
+
+def test_an_engine_that_was_not_compared_is_no_candidate(
+    tiny_graph: Callable[..., Path],
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OpenVINO is told to be the fastest, and is not there for the comparison: its passport would say "passed"."""
+    from engines.openvino import backend as openvino
+
+    healthy, calls = openvino.load, 0
+
+    def absent(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise EngineUnavailable("gone for a moment")
+        return healthy(*arguments)
+
+    monkeypatch.setattr(openvino, "load", absent)
+    checkpoint = tiny_checkpoint("bert")
+    choice = build_fastest(
+        tiny_graph("bert", "inputs-outputs") / "model.onnx",
+        tmp_path / "engine",
+        shapes=[(1, 4)],
+        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
+        measure=told(ort=[2.0], openvino=[1.0]),
+    ).choice
+    assert choice.backend == "ort"
+    assert choice.left_out == {"openvino": "it could not be compared: gone for a moment"}
 
 
 def test_a_backend_that_is_missing_is_left_out_with_what_to_install(

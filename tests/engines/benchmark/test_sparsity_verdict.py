@@ -9,6 +9,7 @@ import pytest
 from engines.base import Binding, Engine
 from engines.benchmark.latency import BenchReport, Ratio, bench, sparse_verdict
 from nxm_export.cli.first_lines import of_bench
+from nxm_export.errors import EngineError
 
 Speedups = list[tuple[int, int, float, float]]  # batch, sequence, speed-up, half the width of its interval
 
@@ -64,6 +65,19 @@ def test_rounds_that_leave_no_interval_leave_no_verdict(rounds: int, said: str) 
     assert of_bench(report).startswith(
         "Against int8-dense: int8-sparse: faster" if rounds > 5 else "No comparison: too"
     )
+
+
+def test_a_shape_without_a_number_wins_nothing() -> None:
+    nan = float("nan")
+    assert verdict([(1, 128, 1.5, 0.1), (8, 128, nan, nan)]).startswith("do not use 2:4 here")
+
+
+@pytest.mark.parametrize("milliseconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clock_that_gives_no_time_is_refused(milliseconds: float) -> None:
+    """Of 0 ms every engine is infinitely faster than its reference."""
+    dense, sparse = cast(Engine, Steady(2.0)), cast(Engine, Steady(milliseconds))
+    with pytest.raises(EngineError, match=r"the clock of int8-sparse gave .* ms for a run"):
+        bench({"int8-dense": dense, "int8-sparse": sparse}, [(1, 8)], rounds=6)
 
 
 def test_nothing_is_ascribed_to_kernels_that_do_not_run() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -249,6 +251,32 @@ class TestSparsity:
             assert weight.detail.startswith("profiled at 1024 rows; 32 rows: sparse")
         assert self.report(tmp_path / "copy").sparse_share == 1.0
         require_sparse(tmp_path / "copy", 1.0)
+
+    def test_facts_that_are_not_those_of_the_build_prove_nothing(self, directory: Path, tmp_path: Path) -> None:
+        self.profiled(directory, tmp_path, SPARSE_KERNEL)
+        copied = tmp_path / "copy"
+        replace(load_passport(copied), evidence=None).save(copied)  # as passports were written before
+        weights = self.planned(copied)
+        assert {(weight.chosen, weight.reason) for weight in weights} == {(None, "untied")}
+        assert "build it again" in weights[0].detail
+        replace(load_passport(copied), evidence=load_passport(directory).evidence).save(copied)
+        text = (copied / "weights.json").read_text()
+        (copied / "weights.json").write_text(text.replace('"sparse_along_k": false', '"sparse_along_k": true') + " ")
+        with pytest.raises(ArtifactError, match=r"weights\.json is not the one that the build of this engine wrote"):
+            require_sparse(copied, 0.5)
+
+    def test_one_kernel_proves_no_two_matrices_of_one_name(self, directory: Path, tmp_path: Path) -> None:
+        self.profiled(directory, tmp_path, SPARSE_KERNEL)
+        copied = tmp_path / "copy"
+        facts = json.loads((copied / "weights.json").read_text())
+        first, second = (fact for fact in facts["facts"][:2])
+        second["node"] = first["node"]  # as of a product that this engine runs in float
+        (copied / "weights.json").write_text(json.dumps(facts))
+        evidence = {"weights.json": file_hash(copied / "weights.json")}
+        replace(load_passport(copied), evidence=evidence).save(copied)
+        outcomes = [(weight.chosen, weight.reason) for weight in self.planned(copied)]
+        assert outcomes[:2] == [(None, "ambiguous")] * 2
+        assert set(outcomes[2:]) == {(True, None)}
 
     def test_a_step_that_runs_sparse_and_a_graph_that_does_not_contradict_each_other(
         self, directory: Path, tmp_path: Path

@@ -83,6 +83,13 @@ def test_a_form_that_is_wrong_is_never_chosen_however_fast() -> None:
     assert all(text is not None and "differs from exact integers" in text for text in wrong.values())
 
 
+@pytest.mark.parametrize("told", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clock_that_gives_no_time_makes_no_form_fast(told: float) -> None:
+    choice = choose(Priced(9.0, {("int8", True): told, ("int32", True): 8.0}))
+    assert choice.form == "sparse int32 (M, N)"
+    assert any("the clock gave" in (each.problem or "") for each in choice.measured)
+
+
 def test_a_lost_gpu_ends_the_build() -> None:
     from nxm_export.errors import EngineError
 

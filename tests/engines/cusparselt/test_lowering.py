@@ -104,6 +104,42 @@ def test_a_graph_gives_what_onnx_runtime_gives(name: str) -> None:
         assert not products
 
 
+SQUARE = (
+    "g (float[s,4] x) => (float[s,4] y) <float s = {0.02}, int8 z = {0}, float[4] ws = {0.1,0.2,0.3,0.4},"
+    " int8[4,4] w = {1,0,2,0,0,-3,4,0,5,0,0,6,0,0,7,8}, int8[4,4] w_quantized = {9,8,7,6,0,0,0,0,1,2,3,4,0,0,0,0},"
+    " float[4] factors = {3,1,4,1}> { q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z) "
+)
+COLLIDING = {
+    "one weight, read by rows and by columns": "v = DequantizeLinear<axis=1>(w, ws) u = DequantizeLinear<axis=0>(w, ws)"
+    " b = MatMul(a, v) c = Gemm<transB=1>(a, u) y = Sub(b, c) }",
+    "two weights, one named after its codes": "v = DequantizeLinear<axis=1>(w, ws)"
+    " u = DequantizeLinear<axis=1>(w_quantized, ws) b = MatMul(a, v) c = MatMul(a, u) y = Sub(b, c) }",
+    "a constant that is named like a product's scale": "v = DequantizeLinear<axis=1>(w, ws) b = MatMul(a, v)"
+    " y = Mul(b, factors) }",
+}
+
+
+@pytest.mark.parametrize("name", COLLIDING)
+def test_names_that_meet_change_no_number(name: str) -> None:
+    model = onnx_text.model(SQUARE + COLLIDING[name])
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            node.name = "a" if node.outputs[0].name == "b" else "other"
+    model.graph.initializers["factors"].name = "a.alpha"
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    expected = onnx_text.run(model, {"x": x})["y"]
+    assert np.abs(outputs(lowered(model, "g.onnx"), x) - expected).max() <= 1e-5  # float32 sums of a few terms
+
+
+def test_two_products_of_one_name_are_refused() -> None:
+    """The second took the place of the first, and both gave its result."""
+    model = onnx_text.model(SQUARE + COLLIDING["two weights, one named after its codes"])
+    for node in model.graph:
+        node.name = "same"
+    with pytest.raises(EngineError, match=r"g\.onnx: two products are named 'same'.*give every node a name of its own"):
+        lowered(model, "g.onnx")
+
+
 def test_a_product_is_two_four_by_its_codes_along_k() -> None:
     two_four = graph_of(FORMS["a product"][0])
     assert not lowered(onnx_text.model(two_four), "g").program.products[next(iter(_names(two_four)))].two_four

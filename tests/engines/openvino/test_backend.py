@@ -78,6 +78,18 @@ def test_a_planned_product_that_runs_in_float_is_named(tiny_graph: Callable[...,
     assert passport.options["integer_products"] == 11
 
 
+def test_a_weight_runs_on_integers_where_all_of_its_products_do() -> None:
+    def split(*models: dict[str, str]) -> tuple[list[str], list[str]]:
+        made = [[openvino_backend.MatrixProduct(name, kind, "") for name, kind in model.items()] for model in models]
+        return openvino_backend._split(["layer.1.weight", "layer.10.weight"], made)
+
+    integers = {"layer.1/matmul": "i8", "layer.1.use2": "u8", "layer.10": "i8"}
+    assert split(integers) == (["layer.1.weight", "layer.10.weight"], [])
+    assert split({**integers, "layer.1.use2": "f32"}) == (["layer.10.weight"], ["layer.1.weight"])
+    assert split({**integers, "layer.1/other": "f32"}) == (["layer.10.weight"], ["layer.1.weight"])
+    assert split(integers, {"layer.10": "i8"}) == (["layer.10.weight"], ["layer.1.weight"])
+
+
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
 def test_it_agrees_with_onnx_runtime_and_with_pytorch(
     placement: str, tiny_engine: Callable[..., Path], tiny_checkpoint: Callable[..., Path]

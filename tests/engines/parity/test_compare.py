@@ -18,6 +18,7 @@ from engines.parity.bisect import bisect
 from engines.parity.compare import compare, compare_all
 from engines.parity.parts import Part, open_part
 from engines.parity.reports import ParityReport
+from engines.passport import load_passport, running_on
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
@@ -50,6 +51,7 @@ def test_two_engines_and_their_checkpoint(
     for engine, other in (engines, engines[::-1]):
         report = json.loads((engine / "parity.json").read_text())
         assert report["passed"] is True
+        assert report["machine"] == running_on(load_passport(engine))
         assert [gate["gate"] for gate in report["gates"]] == ["drop<=0", "flips<=0%"]
         assert {probe["passed"] for probe in report["probes"]} == {True}
         outputs = [np.load(directory / "outputs.npz")["logits"].astype(np.float64) for directory in (engine, other)]

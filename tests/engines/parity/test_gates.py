@@ -9,13 +9,32 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from engines.parity.gates import check_gate, parse_gate
+from engines.parity.compare import _flips
+from engines.parity.decisions import Reading
+from engines.parity.gates import GateResult, check_gate, parse_gate
+from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.cli import main
 from nxm_export.errors import EngineError
 
 
 def nxm(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_decisions_of_outputs_that_are_no_numbers_are_not_called_unchanged() -> None:
+    """The largest of NaN is the first one, which may be the class of every sample."""
+    expected = np.array([[1.0, -1.0], [3.0, 0.0]])
+    change = Expectation(expected, np.full((2, 2), 0.01), np.full((2, 2), 0.01))
+    gate = parse_gate("flips<=50%")
+
+    def judged(*actual: np.ndarray, kind: str = "softmax") -> GateResult:
+        outputs = [compare_output("y", change, values, Reading(kind), quantized=False) for values in actual]
+        return check_gate(gate, {"flips": _flips(outputs)})
+
+    assert judged(expected).actual == 0.0
+    assert judged(expected, expected[:, ::-1]).actual == 100.0
+    assert not judged(np.full((2, 2), np.nan)).passed
+    assert not judged(expected, kind="vector").passed
 
 
 @pytest.mark.parametrize(

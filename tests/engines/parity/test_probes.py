@@ -74,6 +74,22 @@ def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
         assert verdicts[fault] is False
 
 
+def test_one_sample_is_no_batch() -> None:
+    """In any order and any batch it stands alone: an engine that mixes rows would pass."""
+    (features, *_) = baked.features(8, family="distilbert")
+    spec = IOSpec("distilbert", "classification", Exact.inputs, {"logits": ("batch", "classes")}, ("0", "1"), 40, 0)
+    engine: Any = Exact(FAULTS["permuted batch"])
+    samples = probe_samples([features], spec, ())
+    run = Loaded(engine, spec).rows
+    answers = {name: {"logits": run([s], len(s["input_ids"]))[0]["logits"][None]} for name, s in samples.items()}
+    tolerances = {"logits": 0.5}
+    expected = Expected(samples, answers, dict.fromkeys(samples, tolerances))
+    results = {result.name: result for result in probe(Loaded(engine, spec), [features], tolerances, expected)}
+    for name in ("alone as in a batch", "permuted batch"):
+        assert results[name].passed is None
+        assert "one sample, which is no batch" in results[name].reason
+
+
 @pytest.mark.parametrize("wrong", [None, (2, 16), (1, 40)])
 def test_a_compiled_shape_that_computes_something_else_is_found(wrong: tuple[int, int] | None) -> None:
     """Against a shape that another model runs, also where the compiled one is as long as the model."""

@@ -54,6 +54,22 @@ def report_of(actual: np.ndarray) -> ParityReport:
     )
 
 
+def test_where_nothing_was_compared_nothing_passed() -> None:
+    report = report_of(EXPECTED)
+    with pytest.raises(ValueError, match="`passed` is not what its outputs"):
+        replace(report, outputs=())
+    with pytest.raises(ParityError, match="no output of it was compared"):
+        replace(report, outputs=(), passed=False).require()
+    nothing = Comparison((), (Skipped("e", "0" * 64, "trt", "no GPU"),))
+    assert not nothing.passed
+    with pytest.raises(ParityError, match="no engine was compared, so none passed"):
+        nothing.require()
+    with pytest.raises(ValueError, match="not what its blocks say"):
+        replace(BISECTED, blocks=(), first_diverging=None, passed=True)
+    with pytest.raises(ParityError, match="no block of it was compared"):
+        replace(BISECTED, blocks=(), first_diverging=None, passed=False).require()
+
+
 @pytest.mark.parametrize(
     ("actual", "skipped", "gates"),
     [(EXPECTED, 0, ()), (EXPECTED, 1, ()), (EXPECTED, 1, ("drop<=1",)), (np.full_like(EXPECTED, np.nan), 0, ())],

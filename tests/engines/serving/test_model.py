@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +266,43 @@ def test_a_directory_without_tokenizer_cannot_serve_text(copy: Path) -> None:
     exact_engine.cover(copy)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         open_model("m", "1", copy, ModelOptions(instances=1, text=True))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_engine_that_gives_no_numbers_is_refused_at_the_start(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    """It was ready, and each of its answers an error."""
+    monkeypatch.setattr(
+        ort.OrtEngine, "run", lambda self, feeds: {"logits": np.full((len(feeds["input_ids"]), 2), bad, np.float32)}
+    )
+    with pytest.raises(ServeError, match="the engine gives NaN or infinity in logits at batch 1 and length"):
+        open_model("m", "1", engine, ONE)
+
+
+def test_a_model_whose_thread_ended_is_not_ready(engine: Path) -> None:
+    repository = Repository([EngineSource("m", "1", engine)], ONE)
+    repository.open()
+    (model,) = repository.models
+    model.start(lambda batch: None, Unobserved())
+    assert repository.ready
+    model.queue.close()  # what ends its thread; an engine that takes the thread with it does, too
+    for thread in model._threads:
+        thread.join()
+    assert not repository.ready
+    (entry,) = repository.index()
+    assert (entry["state"], entry["reason"]) == (
+        "UNAVAILABLE",
+        "a thread that runs its engine has ended; start the server again",
+    )
+    repository.close()
+
+
+class Unobserved:
+    """Is told of batches, and keeps nothing."""
+
+    def batch(self, rows: int, padding: float, seconds: float, waits: Sequence[float]) -> None:
+        pass
 
 
 def test_a_directory_that_is_replaced_between_two_instances_is_refused(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engines.base import Profile
 from engines.passport import EnginePassport
 from engines.sparsity.build_evidence import (
     LAYERS_SCHEMA,
@@ -22,7 +23,7 @@ from engines.sparsity.build_evidence import (
 from engines.sparsity.judgement import WeightFacts, read_sparsity_report
 from engines.tensorrt import backend
 from nxm_export.contract.records.matrix_facts import MatrixFacts
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.pipeline.inspection import inspect_engine, require_sparse
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, encode, entry_at
@@ -39,19 +40,49 @@ INSPECTED = InspectedEngine((InspectedProfile(0, (8, 128), {"Layers": [LAYER]}),
 MEASURED = MeasuredLayers("ab", (8, 128), 20, {"node_myl0_1 [profile 0]": 0.5})
 
 
+EVIDENCE = ("weights.json", "layers.json", "build.log")
+PICKED = "[V] (Sparsity) Chose 1 layer(s) using sparse tactics: node\n"
+
+
+def tie(directory: Path, **changes: Any) -> EnginePassport:
+    """Write the passport of an engine directory, with the hashes of the evidence that lies there."""
+    given: dict[str, Any] = {"versions": {}, "device": {}, "requires": {}, "profiles": (), "graph": {}, "options": {}}
+    given |= {"onnx_sha256": "0" * 64, "plan": None, "command": (), "created": "", "companions": {}}
+    given["evidence"] = {name: file_hash(directory / name) for name in EVIDENCE if (directory / name).is_file()}
+    passport = EnginePassport("trt", "model.engine", file_hash(directory / "model.engine"), **(given | changes))
+    passport.save(directory)
+    return passport
+
+
+def engine_directory(directory: Path, engine: bytes = b"an engine") -> Path:
+    """What a build and `nxm inspect --measure` leave in a directory."""
+    (directory / "model.engine").write_bytes(engine)
+    (directory / "weights.json").write_text(encode(FACTS, "nxm-weights/1"))
+    (directory / "layers.json").write_text(encode(INSPECTED, LAYERS_SCHEMA))
+    (directory / "build.log").write_text(PICKED)
+    tie(directory)
+    measured(directory)
+    return directory
+
+
+def measured(directory: Path, **changes: Any) -> None:
+    """Write the measurement of the engine that lies there."""
+    record = replace(MEASURED, engine_sha256=file_hash(directory / "model.engine"), **changes)
+    (directory / "measured.json").write_text(encode(record, MEASURED_SCHEMA))
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """What a build and `nxm inspect --measure` leave beside an engine."""
-    (tmp_path / "weights.json").write_text(encode(FACTS, "nxm-weights/1"))
-    (tmp_path / "layers.json").write_text(encode(INSPECTED, LAYERS_SCHEMA))
-    (tmp_path / "measured.json").write_text(encode(MEASURED, MEASURED_SCHEMA))
-    return tmp_path
+    """An engine directory that proves its one matrix sparse."""
+    return engine_directory(tmp_path)
 
 
 def edit(file: Path, change: Callable[[Any], object]) -> None:
+    """Change a file beside an engine as if the build had written it so."""
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
+    tie(file.parent)
 
 
 def inspected(data: dict[str, object]) -> dict[str, object]:
@@ -72,14 +103,46 @@ def test_a_report_is_made_of_all_that_lies_there(directory: Path) -> None:
 def test_the_time_saved_is_the_twins_less_the_engines(
     directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    twin = tmp_path_factory.mktemp("twin")
-    (twin / "layers.json").write_text(encode(INSPECTED, LAYERS_SCHEMA))
-    (twin / "measured.json").write_text(encode(replace(MEASURED, layer_ms={"node_myl0_1": 0.75}), MEASURED_SCHEMA))
+    twin = dense_twin(tmp_path_factory)
     assert read_sparsity_report(directory, twin).weights[0].saved_ms == 0.25
 
 
+def dense_twin(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Path:
+    """The directory of the same engine without sparse kernels, whose layer takes longer."""
+    twin = engine_directory(tmp_path_factory.mktemp("twin"), b"its twin")
+    tie(twin, **{"options": {"sparse": False}, **changes})
+    measured(twin, layer_ms={"node_myl0_1": 0.75})
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"sparse": True}}, "it was built with sparse kernels"),
+        ({"options": {}}, "it was built with sparse kernels"),
+        ({"onnx_sha256": "1" * 64}, "its graph is 1111"),
+        ({"requires": {"gpu": "L4"}}, "its machine is {'gpu': 'L4'}, and not {}"),
+        ({"profiles": (Profile((1, 1), (1, 8), (1, 8)),)}, "its profiles is"),
+        ({"options": {"sparse": False, "level": 5}}, "it was built with level 5, and not None"),
+    ],
+)
+def test_another_engine_than_the_dense_twin_gives_no_time_saved(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], message: str
+) -> None:
+    twin = dense_twin(tmp_path_factory, **changes)
+    with pytest.raises(EngineError, match=f"is no dense twin of .*{message}"):
+        read_sparsity_report(directory, twin)
+
+
+def test_times_of_two_shapes_give_no_time_saved(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    twin = dense_twin(tmp_path_factory)
+    measured(twin, shape=(1, 8))
+    with pytest.raises(EngineError, match=r"was measured at 8x128 .* at 1x8; build both with the same --profile"):
+        read_sparsity_report(directory, twin)
+
+
 def test_a_profilers_kernels_are_taken_from_the_measurement(directory: Path) -> None:
-    (directory / "measured.json").write_text(encode(replace(MEASURED, kernels=("another kernel",)), MEASURED_SCHEMA))
+    measured(directory, kernels=("another kernel",))
     assert read_sparsity_report(directory).weights[0].reason == "contradiction"
 
 
@@ -121,34 +184,77 @@ def test_a_damaged_file_is_refused_by_name_and_field(
         read_sparsity_report(directory)
 
 
-@pytest.fixture
-def engine(directory: Path) -> Path:
-    """The same, with the engine file and its passport."""
-    (directory / "model.engine").write_bytes(b"an engine")
-    digest = file_hash(directory / "model.engine")
-    given: dict[str, Any] = {"versions": {}, "device": {}, "requires": {}, "profiles": (), "graph": {}, "options": {}}
-    passport = EnginePassport(
-        "trt", "model.engine", digest, "0" * 64, plan=None, command=(), created="", companions={}, **given
-    )
-    passport.save(directory)
-    (directory / "measured.json").write_text(encode(replace(MEASURED, engine_sha256=digest), MEASURED_SCHEMA))
-    return directory
-
-
-def test_a_measurement_of_another_engine_is_refused(engine: Path) -> None:
-    assert read_evidence(engine).layer_ms == {"node_myl0_1": 0.5}
-    (engine / "measured.json").write_text(encode(MEASURED, MEASURED_SCHEMA))
+def test_a_measurement_of_another_engine_is_refused(directory: Path) -> None:
+    assert read_evidence(directory).layer_ms == {"node_myl0_1": 0.5}
+    (directory / "measured.json").write_text(encode(MEASURED, MEASURED_SCHEMA))
     with pytest.raises(ArtifactError, match=r"measured\.json: of another engine .*measure again"):
-        read_evidence(engine)
+        read_evidence(directory)
 
 
-def test_what_lies_beside_an_engine_proves_nothing_of_another_file(engine: Path) -> None:
-    require_sparse(engine, 1.0)
-    assert inspect_engine(engine).sparsity == read_sparsity_report(engine)
-    (engine / "model.engine").write_bytes(b"another engine, dense perhaps")
-    for ask in (lambda: require_sparse(engine, 1.0), lambda: inspect_engine(engine), lambda: backend.inspect(engine)):
+def asked(directory: Path) -> tuple[Callable[[], object], ...]:
+    """Every way to ask which kernels run."""
+    return (
+        lambda: require_sparse(directory, 1.0),
+        lambda: inspect_engine(directory),
+        lambda: backend.inspect(directory),
+        lambda: read_sparsity_report(directory),
+    )
+
+
+def test_what_lies_beside_an_engine_proves_nothing_of_another_file(directory: Path) -> None:
+    require_sparse(directory, 1.0)
+    assert inspect_engine(directory).sparsity == read_sparsity_report(directory)
+    (directory / "model.engine").write_bytes(b"another engine, dense perhaps")
+    for ask in asked(directory):
         with pytest.raises(ArtifactError, match="is not the engine of its passport"):
             ask()
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_evidence_that_is_not_what_the_build_wrote_is_refused(directory: Path, name: str) -> None:
+    with (directory / name).open("a") as stream:
+        stream.write("\n")
+    for ask in asked(directory):
+        with pytest.raises(
+            ArtifactError, match=rf"{name} is not the one that the build of this engine wrote .*restore"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize("name", ["layers.json", "build.log"])
+def test_evidence_that_the_build_did_not_write_is_refused(directory: Path, name: str) -> None:
+    hashes = {other: file_hash(directory / other) for other in EVIDENCE if other != name}
+    tie(directory, evidence=hashes)
+    for ask in asked(directory):
+        with pytest.raises(ArtifactError, match=rf"{name} is none of what the build of this engine wrote.*remove it"):
+            ask()
+
+
+def test_without_the_inspectors_report_of_its_passport_nothing_is_proven(directory: Path) -> None:
+    """The log alone says sparse, and the report that is gone may have said dense."""
+    (directory / "layers.json").unlink()
+    (weight,) = read_sparsity_report(directory).weights
+    assert (weight.chosen, weight.reason) == (None, "untied")
+    assert "layers.json is missing, and the passport names it" in weight.detail
+    with pytest.raises(ParityError, match=r"0\.0% of the planned-sparse weights provably run sparse.*1 x untied"):
+        require_sparse(directory, 0.01)
+
+
+def test_a_build_log_that_is_gone_takes_no_proof_away(directory: Path) -> None:
+    (directory / "build.log").unlink()
+    require_sparse(directory, 1.0)
+
+
+def test_a_passport_without_hashes_of_evidence_proves_nothing_and_says_so(directory: Path) -> None:
+    tie(directory, evidence=None)
+    edited = json.loads((directory / "passport.json").read_text())
+    del edited["evidence"]  # as passports were written before
+    (directory / "passport.json").write_text(json.dumps(edited))
+    (weight,) = read_sparsity_report(directory).weights
+    assert (weight.chosen, weight.reason, weight.saved_ms) == (None, "untied", None)
+    assert "its passport is of before passports had the hashes of evidence" in weight.detail
+    with pytest.raises(ParityError, match="1 x untied"):
+        require_sparse(directory, 0.01)
 
 
 def test_without_facts_there_is_no_report(directory: Path) -> None:

@@ -20,12 +20,13 @@ from engines.sparsity.build_evidence import (
 from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
 from nxm_export.contract.records.matrix_facts import MatrixFacts
-from nxm_export.errors import ParityError
+from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
 SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
 DENSE_GEMM = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage4_warpsize2x2x1_tensor16x8x32"
+PICKED = SparsityLog(frozenset({"node"}), frozenset({"node"}))  # by the builder's own words
 A100 = SparsityTarget("trt", "8.6.0", "8.0")
 H100 = SparsityTarget("trt", "8.6.0", "9.0")
 
@@ -126,7 +127,7 @@ def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
     assert ten[0].is_integer_product
     assert len(eleven) == 1, "the layer of the other profile is not this profile's"
     assert eleven[0].onnx == ("v", "k", "q")
-    assert integer_products(eleven, ["q", "o"]) == {"q": True, "o": False}
+    assert integer_products(eleven, ["q", "o"]) == (True, False)
     other = parse_inspector(json.loads((GOLDEN / "inspector-11.json").read_text(encoding="utf-8")), profile=1)
     assert DENSE_GEMM.startswith("sm80_xmma_gemm_i8i8")
     assert "sparse" not in other[-1].kernel
@@ -166,6 +167,12 @@ def test_a_sparse_kernel_that_the_profiler_never_saw_is_a_contradiction() -> Non
         (Evidence([layer(DENSE_GEMM)], SparsityLog(frozenset({"node"}), frozenset())), False, "dense-faster"),
         (Evidence([], SparsityLog(frozenset({"node"}), frozenset({"node"}))), True, None),
         (Evidence([], SparsityLog(frozenset({"node1"}), frozenset({"node1"}))), None, "unknown"),
+        (Evidence([layer("", kind="")], PICKED), True, None),  # a report without details: names alone
+        (Evidence([layer("__myl_FcAdd_0xab", kind="kgen")], PICKED), None, "contradiction"),
+        (Evidence([layer(SPARSE_GEMM, "a", onnx=("a",))], PICKED), None, "contradiction"),
+        (Evidence([], PICKED, running=frozenset({DENSE_GEMM})), None, "contradiction"),
+        (Evidence([layer(SPARSE_GEMM)], profiles=frozenset({0, 1})), None, "unknown"),
+        (Evidence([layer(SPARSE_GEMM), layer(SPARSE_GEMM, profile=1)], profiles=frozenset({0, 1})), True, None),
         (Evidence([layer("sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n")]), False, "float-kernel"),
     ],
 )
@@ -269,7 +276,7 @@ def test_merged_products_name_each_other_and_time_is_against_the_twin() -> None:
 
 def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
     facts = [fact(node="a", name="a"), fact(node="b", name="b", n=2304), fact(node="c", name="c", planned_sparse=False)]
-    report = judge(facts, Evidence([layer(SPARSE_GEMM, onnx=("b", "c"))]), A100)
+    report = judge(facts, Evidence([layer(SPARSE_GEMM, "b+c_myl0_1", onnx=("b", "c"))]), A100)
     assert report.sparse_share == 2304 / (2304 + 768)
     report.require_sparse(0.75)
     with pytest.raises(
@@ -278,6 +285,13 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
         report.require_sparse(0.76)
     with pytest.raises(ParityError, match="no matrix was planned sparse"):
         judge([fact(planned_sparse=False)], Evidence(), A100).require_sparse(0.1)
+
+
+@pytest.mark.parametrize("share", [float("nan"), 0.0, -1.0, 1.5])
+def test_a_share_that_requires_nothing_is_refused(share: float) -> None:
+    dense = judge([fact()], Evidence([layer(DENSE_GEMM)]), A100)
+    with pytest.raises(EngineError, match="requires nothing, or more than there is"):
+        dense.require_sparse(share)
 
 
 def test_the_json_has_the_documented_keys() -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,56 @@ sys.exit({code})
         )
 
     return make
+
+
+class Context:
+    """An execution context that takes the profiles and inputs that it is told."""
+
+    def __init__(self, refused: str) -> None:
+        self.refused, self.profile, self.shapes = refused, 0, {}  # type: ignore[var-annotated]
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return self.refused != "profile"
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return self.refused != name
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [("profile", "does not inspect profile 1"), ("mask", r"does not inspect mask of shape \(8, 1, 64\) in profile 0")],
+)
+def test_a_report_of_another_profile_or_shape_is_none(
+    refused: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT says so by a truth value alone, and goes on with the profile and shapes that it had."""
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'nxm-export[trt-rtx]'")
+    import polygraphy.backend.trt
+
+    monkeypatch.setattr(polygraphy.backend.trt, "get_trt_logger", lambda: None)
+    shapes = {"ids": (-1, -1), "mask": (-1, 1, -1), "y": (-1, 2)}
+    inspected = SimpleNamespace(get_engine_information=lambda kind: '{"Layers": []}')
+    engine = SimpleNamespace(
+        num_io_tensors=len(shapes),
+        get_tensor_name=list(shapes).__getitem__,
+        get_tensor_mode=lambda name: "out" if name == "y" else "in",
+        get_tensor_shape=shapes.__getitem__,
+        create_engine_inspector=lambda: inspected,
+        create_execution_context=lambda: Context(refused),
+    )
+    trt: Any = SimpleNamespace(
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine),
+        TensorIOMode=SimpleNamespace(INPUT="in"),
+        LayerInformationFormat=SimpleNamespace(JSON="json"),
+    )
+    profiles = (Profile((1, 1), (8, 64), (8, 64)), Profile((1, 1), (1, 8), (1, 8)))
+    with pytest.raises(builder_process._Refused, match=message):
+        builder_process._inspect(trt, b"", profiles)
+    refused = ""
+    reports = builder_process._inspect(trt, b"", profiles)
+    assert [(report.profile, report.shape) for report in reports] == [(0, (8, 64)), (1, (1, 8))]
 
 
 def test_progress_and_facts_are_handed_on(child: Callable[..., BuildRequest], tmp_path: Path) -> None:

@@ -40,6 +40,25 @@ def test_a_manifest_names_every_file_and_notices_a_change(plans: list[EngineSour
     assert "cannot be read (KeyError('schema'))" in complaint
 
 
+def test_a_model_or_version_that_was_not_written_is_named(engine: Path, tmp_path: Path) -> None:
+    """Left over from another repository, say: Triton would serve version 2 in place of the proven engine."""
+    repository = tmp_path / "repo"
+    export_repository([EngineSource("m", "1", engine)], repository)
+    (repository / "m" / "1" / "__pycache__").mkdir()
+    (repository / "m" / "1" / "__pycache__" / "model.pyc").touch()
+    (repository / ".git").mkdir()
+    (repository / ".git" / "HEAD").touch()
+    (repository / "notes.txt").touch()
+    assert problems(repository, None) == []
+    for name in ("m/2", "former/1"):
+        (repository / name).mkdir(parents=True)
+        (repository / name / "model.onnx").write_bytes(b"another")
+    assert problems(repository, None) == [
+        "former/1/model.onnx was not written here, and Triton may serve it; remove it",
+        "m/2/model.onnx was not written here, and Triton may serve it; remove it",
+    ]
+
+
 @pytest.mark.parametrize(
     ("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)]
 )

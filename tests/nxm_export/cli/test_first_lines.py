@@ -99,7 +99,9 @@ def test_a_directory_of_another_kind_is_named_with_what_to_do(
         ([(1.2, 1.4), (1.01, 1.1)], "faster"),
         ([(0.8, 0.9)], "slower"),
         ([(0.9, 1.1)], "no difference found"),
-        ([(1.2, 1.4), (0.9, 1.1)], "faster or slower, by shape"),
+        ([(1.2, 1.4), (0.9, 1.1)], "faster at some shapes"),
+        ([(0.7, 0.8), (0.9, 1.1)], "slower at some shapes"),
+        ([(1.2, 1.4), (0.8, 0.9), (0.9, 1.1)], "faster or slower, by shape"),
     ],
 )
 def test_a_speed_is_called_what_its_intervals_show(intervals: list[tuple[float, float]], word: str) -> None:

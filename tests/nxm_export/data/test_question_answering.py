@@ -266,9 +266,11 @@ class TestScores:
         np.testing.assert_allclose(rows, [[1.0, 1.0], [0.0, 2 / 3]])
         assert metric_named("squad_f1", (), groups)(logits, labels) == pytest.approx(5 / 6)
         assert metric_named("exact_match", (), groups)(logits, labels) == 0.5
-        low, high = interval("squad_f1", logits, labels, groups=groups)
-        assert low == pytest.approx(2 / 3)  # two questions, drawn as wholes
-        assert high == 1.0
+        six = np.concatenate([groups, groups + 10, groups + 20])
+        low, high = interval("squad_f1", np.tile(logits, (3, 1, 1)), np.tile(labels, (3, 1)), groups=six)
+        # Questions are drawn as wholes: six, of which all are of one half once in 64.
+        assert low == pytest.approx((1 + 5 * 2 / 3) / 6)
+        assert high == pytest.approx((5 + 2 / 3) / 6)
 
 
 class TestNoAnswer:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engines.benchmark.latency import BenchReport, Ratio
+from engines.passport import load_passport
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.pipeline.engine_commands import _verdict
 from nxm_export.pipeline.inspection import inspect_path
-from nxm_export.pipeline.sparsity_twins import SCHEMA, BuiltTwins, TwinHashes, is_twins, twin_directories
+from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
+from tests.support.records import PASSPORT
 
 TWINS = BuiltTwins("trt", {name: TwinHashes("ab", "cd") for name in ("int8-dense", "int8-sparse", "fp16")})
 
 
+def write_twins(directory: Path) -> None:
+    (directory / "twins.json").write_text(encode(TWINS, "nxm-twins/1"))
+    for name in TWINS.twins:
+        (directory / name).mkdir()
+        replace(PASSPORT, backend="trt", engine_sha256="ab", onnx_sha256="cd").save(directory / name)
+
+
 def test_the_dense_twin_comes_first(tmp_path: Path) -> None:
     assert not is_twins(tmp_path)
-    (tmp_path / "twins.json").write_text(encode(TWINS, "nxm-twins/1"))
+    write_twins(tmp_path)
     assert is_twins(tmp_path)
     assert [directory.name for directory in twin_directories(tmp_path)] == ["int8-dense", "int8-sparse", "fp16"]
     assert TWINS.to_dict() == json.loads((tmp_path / "twins.json").read_text())
@@ -39,8 +52,33 @@ def test_a_damaged_list_is_refused_by_file_and_field(tmp_path: Path, text: str, 
         twin_directories(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"engine_sha256": "ef"}, {"onnx_sha256": "ef"}])
+def test_a_twin_that_was_exchanged_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """2:4 would be given the credit for what another graph or build saves."""
+    write_twins(tmp_path)
+    replace(load_passport(tmp_path / "int8-dense"), **change).save(tmp_path / "int8-dense")
+    with pytest.raises(
+        ArtifactError, match=r"int8-dense is not the engine that twins\.json names there; build the twins"
+    ):
+        twin_directories(tmp_path)
+
+
+def test_twins_of_two_directories_get_no_verdict(tmp_path: Path) -> None:
+    """Each is the part that it says, of another model."""
+    ratio = Ratio("b", "a", 1, 8, 2.0, (1.9, 2.1))
+    dense, sparse = tmp_path / "a", tmp_path / "b"
+    passports = {
+        dense: replace(PASSPORT, options={"sparse": False}),
+        sparse: replace(PASSPORT, onnx_sha256="2" * 64, options={"sparse": True}),
+    }
+    twins = {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}
+    said = _verdict(BenchReport((), (ratio,)), twins, passports)
+    assert said is not None
+    assert said.startswith(f"no verdict: {dense} is no dense twin of {sparse}: its graph is 1111")
+
+
 def test_another_twin_than_the_one_beside_it_is_refused(tmp_path: Path) -> None:
     """It would be left out silently: the times would be those of the dense engine in the directory."""
-    (tmp_path / "twins.json").write_text(encode(TWINS, SCHEMA))
+    write_twins(tmp_path)
     with pytest.raises(EngineError, match="leave --twin out"):
         inspect_path(tmp_path, twin=tmp_path / "dense")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.benchmark.latency import BenchReport, Timing
 from nxm_export.contract.records.checkpoint_metrics import DenseMetrics
 from nxm_export.contract.records.run_summary import RunSummary
 from nxm_export.reporting.figures import Figure, RunFile
@@ -52,6 +53,28 @@ def test_speed_is_judged_at_every_shape(first: tuple[float, float], second: tupl
     (ratio,) = SUMMARY.speedup
     speedup = (replace(ratio, interval=first), replace(ratio, batch=8, interval=second))
     assert words(replace(SUMMARY, speedup=speedup))["speed"] == word
+
+
+@pytest.mark.parametrize(
+    ("machines", "said"),
+    [
+        (("another CPU",), "paired rounds, on another CPU."),
+        ((None,), "paired rounds; built on a CPU."),  # of a bench of an older version
+        (("one", "another"), "paired rounds; built on a CPU."),
+        ((), "paired rounds; built on a CPU."),
+    ],
+)
+def test_speed_is_of_the_machine_that_timed_and_not_of_the_one_that_built(
+    machines: tuple[str | None, ...], said: str
+) -> None:
+    engine = EngineEntry("ort-cpu-int8", RunFile("passport.json", PASSPORT, {}), None, None, None, None)
+    timing = Timing("ort-cpu-int8", 1, 32, 1.0, (0.9, 1.1), 9)
+    reports = [BenchReport((timing,), (), machine=machine) for machine in machines]
+    benches = tuple(RunFile("bench/latency.json", report, report.to_dict()) for report in reports)
+    source = RunFile("summary/summary.json", SUMMARY, SUMMARY.to_dict())
+    run = Run(root=Path("run"), stages={}, summary=source, engines=(engine,), benches=benches)
+    (speed,) = (verdict for verdict in verdicts(run) if verdict.key == "speed")
+    assert speed.note.endswith(said)
 
 
 def test_a_run_without_anything_claims_nothing() -> None:

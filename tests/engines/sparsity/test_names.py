@@ -1,0 +1,220 @@
+"""The sparse kernel of one product proves nothing of another, however alike their names are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engines.sparsity.build_evidence import (
+    Evidence,
+    ambiguous_names,
+    integer_products,
+    parse_inspector,
+    parse_layers,
+    parse_sparsity_log,
+)
+from engines.sparsity.judgement import (
+    ProductNames,
+    SparsityTarget,
+    WeightFacts,
+    WeightSparsity,
+    judge,
+    write_weight_facts,
+)
+from engines.sparsity.kernel_names import is_among, kernel_named
+from nxm_export.storage.json_files import decode
+from tests.engines.sparsity.test_build_evidence import FACT
+from tests.support import onnx_text
+
+SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
+A100 = SparsityTarget("trt", "8.6.0", "8.0")
+# Each is part of another, ends or begins like it, or is read otherwise by what joins names in a builder's report.
+NAMES = (
+    *("layer.1", "layer.10", "layer.11", "bert.layer.1", "layer.1.dense", "layer.1.dense.1", "layer", "Layer.1"),
+    *("layer_1", "layer/1", "layer.1 ", "layer.1_myl0_1", "layer.1+layer.2", "layer.1 + layer.3", "layer.1, layer.4"),
+    *("layer.1 || x", "layer.1]", "[layer.1", "layer.1][ONNX Layer: layer.5", "layer.1 [profile 0]", "layer.1_1"),
+)
+
+
+def inspected(name: str, called: str | None = None) -> Evidence:
+    """The report of an inspector on the layer of one product."""
+    layer = {"Name": called or f"{name}_myl0_7", "LayerType": "gemm", "TacticName": SPARSE}
+    return Evidence(parse_inspector({"Layers": [{**layer, "Metadata": f"[ONNX Layer: {name}]"}]}))
+
+
+def printed(name: str) -> Evidence:
+    """The line of a verbose build."""
+    line = (
+        f"Name: {name}_myl0_7, LayerType: gemm, Inputs: [], Outputs: [], TacticName: {SPARSE}, StreamId: 0, "
+        f"Metadata: [ONNX Layer: {name}]"
+    )
+    return Evidence(parse_layers([line]))
+
+
+def without_metadata(name: str) -> Evidence:
+    """The report of an inspector that knows layers by their own names alone."""
+    return Evidence(parse_inspector({"Layers": [{"Name": name, "LayerType": "gemm", "TacticName": SPARSE}]}))
+
+
+def fused(name: str) -> Evidence:
+    return Evidence(parse_inspector({"Layers": [{"Name": f"{name} + Relu_0", "LayerType": "", "TacticName": SPARSE}]}))
+
+
+def picked(name: str) -> Evidence:
+    """The builder's list alone."""
+    return Evidence(log=parse_sparsity_log([f"(Sparsity) Chose 1 layer(s) using sparse tactics: {name}"]))
+
+
+REPORTS: tuple[Callable[[str], Evidence], ...] = (inspected, printed, without_metadata, fused, picked)
+
+
+def verdicts(evidence: Evidence, nodes: tuple[str, ...]) -> dict[str, WeightSparsity]:
+    facts = [replace(FACT, name=f"weight of {node}", node=node) for node in nodes]
+    ambiguous = ambiguous_names(nodes)
+    return dict(zip(nodes, judge(facts, evidence, A100, names=ProductNames(nodes, ambiguous)).weights, strict=True))
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_a_kernel_proves_its_own_product_alone(report: Callable[[str], Evidence]) -> None:
+    for proven, other in itertools.permutations(NAMES, 2):
+        found = verdicts(report(proven), (proven, other))
+        assert found[other].chosen is not True, f"{proven!r} runs sparse, and that proved {other!r}"
+    for name in ("layer.1", "layer.10", "bert.layer.1", "layer_1", "layer/1"):
+        assert verdicts(report(name), (name, "head"))[name].chosen is True, "a plain name is proven"
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_a_name_that_joins_others_proves_none_of_them(report: Callable[[str], Evidence]) -> None:
+    found = verdicts(report("layer.1+layer.2"), ("layer.1", "layer.2", "layer.1+layer.2"))
+    assert {weight.reason for weight in found.values()} == {"ambiguous"}
+    assert "that of the node 'layer.1+layer.2', too" in found["layer.1"].detail
+    assert "as other names joined" in found["layer.1+layer.2"].detail
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_two_products_of_one_name_are_both_unknown(report: Callable[[str], Evidence]) -> None:
+    facts = [replace(FACT, name=name) for name in ("first", "second")]
+    result = judge(facts, report("node"), A100)
+    assert [(weight.chosen, weight.reason) for weight in result.weights] == [(None, "ambiguous")] * 2
+    assert "2 matrices are of products named 'node'" in result.weights[0].detail
+    assert result.sparse_share == 0
+
+
+def test_a_node_that_is_no_product_makes_a_name_ambiguous_too(tmp_path: Path) -> None:
+    """What a build writes of a graph whose product and addition have one name."""
+    model = onnx_text.model("""
+        g (float[batch, 4] x) => (float[batch, 2] y) <float[4, 2] w = {1, 0, 1, 0, 0, 0, 0, 0}, float[2] b = {1, 2}> {
+            p = MatMul(x, w)
+            y = Add(p, b)
+        }""")
+    for node in model.graph:
+        node.name = "same"
+    write_weight_facts(tmp_path, model, A100)
+    record = decode((tmp_path / "weights.json").read_text(), WeightFacts, schema="nxm-weights/1", source="", way_out="")
+    assert record.names.nodes == ("same",)
+    assert record.names.ambiguous == {"same": "2 nodes of the graph have the name 'same'"}
+    fact = replace(FACT, node="same")
+    assert judge([fact], inspected("same"), A100, names=record.names).weights[0].reason == "ambiguous"
+
+
+def test_a_node_that_only_left_its_scale_in_a_layer_was_not_computed_there() -> None:
+    """TensorRT lists every node that a layer has something of; its name joins those that it computes."""
+    layer = {"LayerType": "gemm", "TacticName": SPARSE, "Metadata": "[ONNX Layer: value][ONNX Layer: key]"}
+
+    def named(name: str, nodes: tuple[str, ...] = ("value", "key")) -> dict[str, WeightSparsity]:
+        evidence = Evidence(parse_inspector({"Layers": [{**layer, "Name": name}]}))
+        facts = [replace(FACT, node=node) for node in nodes]
+        known = ProductNames(("value", "key"))
+        return dict(zip(nodes, judge(facts, evidence, A100, names=known).weights, strict=True))
+
+    one = named("value_myl0_2")
+    assert (one["value"].chosen, one["key"].chosen, one["key"].reason) == (True, None, "fused-away")
+    assert all(weight.chosen for weight in named("key+value_myl0_2").values())
+    assert {weight.reason for weight in named("__myl_Fc_myl0_2").values()} == {"ambiguous"}
+    assert named("__myl_Fc_myl0_2", ("key",))["key"].reason == "ambiguous", "the other may be one of two activations"
+
+
+def test_names_that_myelin_rewrote_are_found_and_never_two_by_one() -> None:
+    layer = {"Name": "encoder/layers_0/MatMul_myl0_7", "LayerType": "gemm", "TacticName": SPARSE}
+
+    def found(*nodes: str) -> list[bool | None]:
+        metadata = "".join(f"[ONNX Layer: {node}]" for node in nodes)
+        evidence = Evidence(parse_inspector({"Layers": [{**layer, "Metadata": metadata}]}))
+        facts = [replace(FACT, node=node) for node in nodes]
+        return [weight.chosen for weight in judge(facts, evidence, A100, names=ProductNames(nodes)).weights]
+
+    assert found("encoder/layers.0/MatMul") == [True]
+    assert found("encoder/layers.0/MatMul", "encoder/layers.00/MatMul") == [True, None]
+    assert found("encoder/layers.0/MatMul", "encoder/layers-0/MatMul") == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("seen", "ran"),
+    [
+        (SPARSE, True),
+        (f"{SPARSE}_kernel", True),
+        (f"{SPARSE}_execute_kernel_trt", True),
+        (f"{SPARSE}_execute_split_k_kernel_cusparse", True),
+        (f"{SPARSE}_execute_segment_k_off_kernel__5x_cublas", True),
+        (f"void cask::run<{SPARSE}_execute_kernel_trt>(Params)", True),
+        ("", False),
+        ("sm80", False),
+        ("gemm", False),
+        (SPARSE[:-1], False),
+        (SPARSE.removesuffix("_sptensor16x8x64"), False),
+        (f"{SPARSE}0", False),
+        (f"{SPARSE}_aligna4", False),
+        (f"other_{SPARSE}", False),
+        (SPARSE.upper(), False),
+    ],
+)
+def test_a_kernel_ran_when_its_whole_name_was_seen(seen: str, ran: bool) -> None:
+    assert is_among(SPARSE, ["another", seen]) is ran
+
+
+def test_no_kernel_has_no_name_that_ran() -> None:
+    assert not is_among("", ["", "anything"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sparse", "integer"),
+    [
+        ("sm80_xmma_gemm_i8i8_i8i32_f32_sparsely_tilesize64", False, True),
+        ("sm80_xmma_notsparse_gemm_i8i8", False, True),
+        ("cutlass_80_tensorop_s16832gemm_f16_nospgemm", False, False),
+        ("cutlass_80_tensorop_i16864spgemm_s8_256x128", True, True),
+        ("sm80_xmma_sparse_gemm_f16f16_s884_tilesize64", True, False),
+        ("volta_s884gemm_fp16_128x128_ldg8_f2f_nn", False, False),
+        ("sm80_xmma_sparse_gemm_f16f16_f16f32_simma_tilesize64", True, False),
+        ("sm90_xmma_sparse_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x128", True, True),
+    ],
+)
+def test_words_in_a_kernels_name_are_read_whole(name: str, sparse: bool, integer: bool) -> None:
+    kernel = kernel_named(name)
+    assert kernel is not None
+    assert (kernel.sparse, kernel.integer) == (sparse, integer)
+
+
+def test_a_conversion_is_no_convolution() -> None:
+    assert kernel_named("void convert_sparse_int8_kernel<4>(int*)") is None
+
+
+def test_products_run_on_integers_where_all_that_computes_them_does() -> None:
+    def layers(*kinds: str, nodes: str = "[ONNX Layer: a]", name: str = "a") -> Evidence:
+        entries = [
+            {"Name": f"{name}_myl0_{at}", "LayerType": "gemm", "Inputs": [{"Datatype": kind}], "Metadata": nodes}
+            for at, kind in enumerate(kinds)
+        ]
+        return Evidence(parse_inspector(json.loads(json.dumps({"Layers": entries}))))
+
+    assert integer_products(layers("Int8").layers, ["a", "b"]) == (True, False)
+    assert integer_products(layers("Int8", "Half").layers, ["a"]) == (False,), "one of its layers is in float"
+    assert integer_products(layers("Int8").layers, ["a", "a"]) == (False, False), "two of one name"
+    assert integer_products(layers("Int8").layers, ["a"], {"a": "why"}) == (False,)
+    both = layers("Int8", nodes="[ONNX Layer: a][ONNX Layer: b]", name="__myl_Fc")
+    assert integer_products(both.layers, ["a", "b"]) == (False, False)

@@ -46,11 +46,12 @@ class TestMetric:
     def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
         """Scores, relevance, groups in a mixed order, and the nDCG of every query that can be ranked."""
         rng = np.random.default_rng(0)
-        sizes = [5, 1, 30, 4, 2, 12, 7]  # more than ten, and one alone
-        groups = rng.permutation(np.repeat(np.arange(7), sizes))
-        scores, grades = rng.normal(size=(61, 1)), rng.integers(0, 4, (61, 1)) / 3
+        sizes = [5, 1, 30, 4, 2, 12, 7, 3, 8]  # more than ten, and one alone
+        groups = rng.permutation(np.repeat(np.arange(9), sizes))
+        scores, grades = rng.normal(size=(72, 1)), rng.integers(0, 4, (72, 1)) / 3
         grades[groups == 3] = 0.0  # nothing relevant: any order is as good
         grades[np.flatnonzero(groups == 4)] = [[1.0], [0.0]]
+        grades[np.flatnonzero(groups == 7)] = [[1.0], [0.0], [0.0]]
         seen = [group for group in dict.fromkeys(groups.tolist()) if group not in (1, 3)]
         expected = [ndcg(scores[groups == group, 0].tolist(), grades[groups == group, 0].tolist()) for group in seen]
         return scores, grades, groups, expected
@@ -64,7 +65,7 @@ class TestMetric:
     def test_the_interval_resamples_queries(self) -> None:
         scores, grades, groups, expected = self.data()
         generator = np.random.default_rng(3)
-        means = [np.mean(np.array(expected)[generator.integers(0, 5, size=5)]) for _ in range(1000)]
+        means = [np.mean(np.array(expected)[generator.integers(0, 7, size=7)]) for _ in range(1000)]
         actual = interval("ndcg_at_10", scores, grades, seed=3, groups=groups)
         assert actual == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
 

@@ -167,9 +167,9 @@ def test_records_with_other_settings_are_named(book: Book) -> None:
 def test_bits_saved_are_of_the_seeds_that_count(book: Book) -> None:
     for task, seeds in (("cola", {0: 0.8, 1: 0.9}), ("rte", {0: 0.7})):
         for seed, hw in seeds.items():
-            book.write(task, "obs-2:4+W4", seed, LABELS, LABELS, compressed=compressed(hw))
+            book.write(task, "obs-2:4+W4-averaged", seed, LABELS, LABELS, compressed=compressed(hw))
             book.write(task, "dense", seed, LABELS, LABELS)
-    book.write("rte", "obs-2:4+W4", 5, LABELS, LABELS, compressed=compressed(0.1))  # of no dense model
+    book.write("rte", "obs-2:4+W4-averaged", 5, LABELS, LABELS, compressed=compressed(0.1))  # of no dense model
     assert "| 80.0 % |" in results_table(book.results)
 
 

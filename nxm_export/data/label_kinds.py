@@ -100,7 +100,7 @@ def load_labelled(
         return _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=plain), task, plain)
     if not kind.per_token:
         raw = load_raw(source, split, columns, label=kind.cell)
-        if not any(text.strip() for text in raw.texts):
+        if not any(text.strip() for text in (*raw.texts, *(raw.pairs or ()))):
             raise DataError(f"{raw.source}: every text is empty; name the column that has them with --text-column")
         if kind.names is None:
             return raw

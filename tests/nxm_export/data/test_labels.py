@@ -140,6 +140,12 @@ class TestNoLabel:
         (sample,) = encode(tiny.tokenizer(), examples, 48, ("input_ids",))
         assert sample["labels"] == [NO_LABEL, NO_LABEL, 0, 1, NO_LABEL]
 
+    def test_a_map_names_whole_numbers_as_the_file_writes_them(self, tmp_path: Path) -> None:
+        rows = [{"sentence": "good", "label": "1.00"}, {"sentence": "bad", "label": "0"}]
+        label_map = {"1.00": "positive", "0": "negative"}
+        _, classes = read(write(tmp_path, rows), "classification", label_map=label_map)
+        assert set(classes.names) == {"negative", "positive"}
+
     def test_second_texts_are_texts(self, tmp_path: Path) -> None:
         rows = [{"sentence1": "", "sentence2": "good", "label": 1}, {"sentence1": "", "sentence2": "bad", "label": 0}]
         examples, _ = read(write(tmp_path, rows), "classification")

@@ -462,7 +462,7 @@ def _with_evidence(
         if sparse and _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
             return replace(weight, eligible=True, chosen=False, reason="float-kernel")
         running = evidence.running
-        if running is not None and not (products and all(is_among(layer.kernel, running) for layer in products)):
+        if running is not None and not all(is_among(layer.kernel, running) for layer in products):
             return replace(
                 weight, eligible=True, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel, and the profiler did not see it run",
@@ -472,6 +472,12 @@ def _with_evidence(
                 weight, chosen=None, reason="contradiction",
                 detail="the build log says sparse, and no layer of the engine is this product",
             )  # fmt: skip
+        if running is not None and not products:  # by the log alone, which names no kernel
+            if any((ran := kernel_named(name)) is not None and ran.sparse for name in running):
+                detail = "the build log says sparse, and not which of the sparse kernels that the profiler saw"
+                return replace(weight, eligible=True, chosen=None, reason="unknown", detail=detail)
+            detail = "the build log says sparse, and the profiler saw no sparse kernel"
+            return replace(weight, eligible=True, chosen=None, reason="contradiction", detail=detail)
         if products and (others := evidence.profiles - {layer.profile for layer in products}):
             detail = f"a sparse kernel runs in other profiles, and profile {min(others)} does not name this product"
             return replace(weight, eligible=True, chosen=None, reason="unknown", detail=detail)

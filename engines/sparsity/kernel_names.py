@@ -8,7 +8,7 @@ is unknown, and unknown never counts as sparse. Words are compared whole: ``conv
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -51,9 +51,19 @@ def kernel_named(name: str | None) -> Kernel | None:
 
 def is_among(kernel: str, running: Iterable[str]) -> bool:
     """Whether `kernel` is the whole of one of the names `running`, as profilers print them: within brackets and other
-    words, or with the ``_kernel`` of its library behind it. A part of a name is another kernel's."""
+    words, or with the ``_kernel`` of its library behind it. A part of a name is another kernel's. In names that were
+    left mangled (``_Z...``) each identifier stands behind its length."""
     pattern = re.compile(_RAN.format(re.escape(kernel)))
-    return bool(kernel) and any(pattern.search(name) for name in running)
+    return bool(kernel) and any(
+        pattern.search(text) for name in running for text in (name, *_identifiers(name, kernel))
+    )
+
+
+def _identifiers(name: str, kernel: str) -> Iterator[str]:
+    """The identifiers of a mangled name that begin with `kernel`."""
+    if name.startswith("_Z"):
+        for match in re.finditer(rf"(?<!\d)([1-9]\d*)(?={re.escape(kernel)})", name):
+            yield name[match.end() : match.end() + int(match[1])]
 
 
 @dataclass(frozen=True)

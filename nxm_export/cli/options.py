@@ -85,6 +85,9 @@ class Real(click.FloatRange):
         super().__init__(min, max, min_open=min_open, max_open=max_open)
         self._limitless = limitless
 
+    def _describe_range(self) -> str:  # click's own, which writes x<=None in the help where there is no bound
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number, or wrong usage."""
         if self._limitless and str(value) == "inf":

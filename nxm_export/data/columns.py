@@ -126,12 +126,16 @@ def label_text(row: DataRow, column: str, place: str) -> str:
         value = int(value)
     text = str(value).strip()
     _require_characters(text, column, place)
-    whole, point, zeros = text.partition(".")
-    if point and not zeros.strip("0") and is_integer(whole):
-        text = whole
+    text = without_point(text)
     if not text or text.lower() == "nan":
         raise DataError(f"{place}: the label is missing ({value!r}); fix the row or remove it")
     return text
+
+
+def without_point(label: str) -> str:
+    """A label as it counts: of a whole number that is written as ``1.`` or ``1.00`` the number alone."""
+    whole, point, zeros = label.partition(".")
+    return whole if point and not zeros.strip("0") and is_integer(whole) else label
 
 
 def value_of(row: DataRow, column: str, place: str) -> object:

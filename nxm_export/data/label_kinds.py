@@ -14,7 +14,7 @@ from functools import partial
 from typing import cast
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.columns import Columns, DataRow, label_text, text_of, value_of
+from nxm_export.data.columns import Columns, DataRow, label_text, text_of, value_of, without_point
 from nxm_export.data.examples import (
     Cell,
     Examples,
@@ -100,7 +100,7 @@ def load_labelled(
         return _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=plain), task, plain)
     if not kind.per_token:
         raw = load_raw(source, split, columns, label=kind.cell)
-        if not any(text.strip() for text in raw.texts):
+        if not any(text.strip() for text in (*raw.texts, *(raw.pairs or ()))):
             raise DataError(f"{raw.source}: every text is empty; name the column that has them with --text-column")
         if kind.names is None:
             return raw
@@ -166,7 +166,7 @@ def _mapped(raw: RawExamples, label_map: Mapping[str, str]) -> RawExamples:
     """The examples with every label replaced by what the map says it stands for."""
     if not label_map:
         return raw
-    used = _used(raw)
+    used, label_map = _used(raw), {**{without_point(label): name for label, name in label_map.items()}, **label_map}
     if not used & set(label_map) and not used <= set(label_map.values()):
         raise DataError(f"{raw.source}: no label is {min(label_map)!r}, as --label-map says; it has {some(used)}")
 

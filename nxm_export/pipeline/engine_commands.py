@@ -436,8 +436,12 @@ def _verdict(
     (dense, other), (sparse, path) = twins[DENSE], twins[SPARSE]
     if (problem := twin_problem(passports[other], passports[path])) is not None:
         return f"no verdict: {other} is no dense twin of {path}: {problem}"
-    gpu = passports[path].device.get("gpu", "this GPU")
-    return sparse_verdict(report, sparse, dense, sparsity_of(path).sparse_share, gpu)
+    gpu, found = passports[path].device.get("gpu", "this GPU"), sparsity_of(path)
+    # Evidence that says nothing of these products is not evidence that 2:4 does nothing for them.
+    mute = [weight for weight in found.weights if weight.planned_sparse and weight.reason in ("untied", "ambiguous")]
+    if found.sparse_share == 0 and mute:
+        return f"no verdict: which kernels {path} runs is not known: {mute[0].detail}"
+    return sparse_verdict(report, sparse, dense, found.sparse_share, gpu)
 
 
 def bench_text(

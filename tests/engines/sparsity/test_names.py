@@ -162,6 +162,12 @@ def test_names_that_myelin_rewrote_are_found_and_never_two_by_one() -> None:
         (f"{SPARSE}_execute_split_k_kernel_cusparse", True),
         (f"{SPARSE}_execute_segment_k_off_kernel__5x_cublas", True),
         (f"void cask::run<{SPARSE}_execute_kernel_trt>(Params)", True),
+        (f"_ZN7cutlass6KernelI{len(SPARSE)}{SPARSE}EEvNT_6ParamsE", True),
+        (f"_Z{len(SPARSE) + 11}{SPARSE}_kernel_trtPv", True),
+        (f"_ZN7cutlass6KernelI{len(SPARSE) + 8}{SPARSE}_aligna4EEvNT_6ParamsE", False),
+        (f"_ZN7cutlass6KernelI{len(SPARSE) + 6}other_{SPARSE}EEvNT_6ParamsE", False),
+        (f"_ZN7cutlass6KernelI{len(SPARSE) - 1}{SPARSE}EEvNT_6ParamsE", False),
+        (f"_Z3runI{SPARSE}EEvv", False),
         ("", False),
         ("sm80", False),
         ("gemm", False),
@@ -218,3 +224,16 @@ def test_products_run_on_integers_where_all_that_computes_them_does() -> None:
     assert integer_products(layers("Int8").layers, ["a"], {"a": "why"}) == (False,)
     both = layers("Int8", nodes="[ONNX Layer: a][ONNX Layer: b]", name="__myl_Fc")
     assert integer_products(both.layers, ["a", "b"]) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("ran", "reason", "detail"),
+    [
+        (SPARSE, "unknown", "the build log says sparse, and not which of the sparse kernels that the profiler saw"),
+        ("sm80_xmma_gemm_i8i8", "contradiction", "the build log says sparse, and the profiler saw no sparse kernel"),
+    ],
+)
+def test_a_log_alone_is_not_said_to_name_a_kernel(ran: str, reason: str, detail: str) -> None:
+    evidence = replace(picked("node"), running=frozenset({ran}))
+    (weight,) = judge([FACT], evidence, A100).weights
+    assert (weight.chosen, weight.reason, weight.detail) == (None, reason, detail)

@@ -47,6 +47,13 @@ def options() -> Iterator[tuple[str, str, click.Option]]:
                 yield from ((name, flag, parameter) for flag in parameter.opts if flag.startswith("--"))
 
 
+def test_no_option_shows_a_bound_that_it_has_not() -> None:
+    """Click writes x<=None for a range without any."""
+    for name, flag, option in options():
+        shown = option.get_help_record(click.Context(main.commands[name]))
+        assert shown is None or "None" not in shown[1], f"{name} {flag}: {shown}"
+
+
 def test_every_command_stands_in_one_section() -> None:
     assert sorted(name for names in SECTIONS.values() for name in names) == COMMANDS
     text = help_of()

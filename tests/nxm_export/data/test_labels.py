@@ -140,6 +140,17 @@ class TestNoLabel:
         (sample,) = encode(tiny.tokenizer(), examples, 48, ("input_ids",))
         assert sample["labels"] == [NO_LABEL, NO_LABEL, 0, 1, NO_LABEL]
 
+    def test_a_map_names_whole_numbers_as_the_file_writes_them(self, tmp_path: Path) -> None:
+        rows = [{"sentence": "good", "label": "1.00"}, {"sentence": "bad", "label": "0"}]
+        label_map = {"1.00": "positive", "0": "negative"}
+        _, classes = read(write(tmp_path, rows), "classification", label_map=label_map)
+        assert set(classes.names) == {"negative", "positive"}
+
+    def test_second_texts_are_texts(self, tmp_path: Path) -> None:
+        rows = [{"sentence1": "", "sentence2": "good", "label": 1}, {"sentence1": "", "sentence2": "bad", "label": 0}]
+        examples, _ = read(write(tmp_path, rows), "classification")
+        assert examples.pairs == ["good", "bad"]
+
     def test_a_column_without_any_text_is_refused(self, tmp_path: Path) -> None:
         rows = [{"sentence": " ", "review": "good", "label": 1}, {"sentence": "", "review": "bad", "label": 0}]
         with pytest.raises(DataError, match=r"d\.jsonl: every text is empty; name the column that has them"):

@@ -16,6 +16,7 @@ from nxm_export.pipeline.engine_commands import _verdict
 from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
+from tests.engines.sparsity.test_build_evidence import engine_directory, tie
 from tests.support.records import PASSPORT
 
 TWINS = BuiltTwins("trt", {name: TwinHashes("ab", "cd") for name in ("int8-dense", "int8-sparse", "fp16")})
@@ -75,6 +76,24 @@ def test_twins_of_two_directories_get_no_verdict(tmp_path: Path) -> None:
     said = _verdict(BenchReport((), (ratio,)), twins, passports)
     assert said is not None
     assert said.startswith(f"no verdict: {dense} is no dense twin of {sparse}: its graph is 1111")
+
+
+def test_twins_whose_evidence_says_nothing_get_no_verdict(tmp_path: Path) -> None:
+    """Twins of before passports had hashes of evidence were said to gain nothing by 2:4, whatever they gained."""
+    dense, sparse = tmp_path / "a", tmp_path / "b"
+    passports = {}
+    for directory, is_sparse in ((dense, False), (sparse, True)):
+        directory.mkdir()
+        engine_directory(directory)
+        passports[directory] = tie(directory, evidence=None, options={"sparse": is_sparse})
+    twins = {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}
+    report = BenchReport((), (Ratio("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
+    said = _verdict(report, twins, passports)
+    assert said is not None
+    assert said.startswith(f"no verdict: which kernels {sparse} runs is not known: nothing ties the evidence to")
+    assert said.endswith("build it again")
+    passports[sparse] = tie(sparse, options={"sparse": True})
+    assert str(_verdict(report, twins, passports)).startswith("2:4 pays from")
 
 
 def test_another_twin_than_the_one_beside_it_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ from engines.cusparselt.program import (
 from engines.cusparselt.report import sparsity_report
 from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from engines.sample_inputs import nearest_shape, sample_feeds
-from engines.sparsity.judgement import FACTS_FILE, SparsityReport, SparsityTarget, write_weight_facts
+from engines.sparsity.engine_report import FACTS_FILE, write_weight_facts
+from engines.sparsity.judgement import SparsityReport, SparsityTarget
 from engines.tensorrt.profiles import graph_inputs, profiles_for
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import to_builtins

@@ -17,7 +17,8 @@ from engines.cusparselt.products import sizes_of
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.program import Choice, Product, Program
 from engines.passport import EnginePassport
-from engines.sparsity.judgement import SparsityReport, WeightSparsity, judge, read_weight_facts
+from engines.sparsity.engine_report import read_weight_facts
+from engines.sparsity.judgement import SparsityReport, WeightSparsity, judge
 from engines.sparsity.kernel_names import kernel_named
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 

@@ -428,7 +428,7 @@ def _verdict(
 ) -> str | None:
     """Whether 2:4 pays on this GPU, where both INT8 twins were timed; `twins` are (name, directory) by their part."""
     from engines.benchmark.latency import sparse_verdict
-    from engines.sparsity.judgement import twin_problem
+    from engines.sparsity.engine_report import twin_problem
     from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE
 
     if DENSE not in twins or SPARSE not in twins:

@@ -233,7 +233,7 @@ def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None 
     """
     from engines.base import ProfiledFacts, backend
     from engines.passport import load_passport
-    from engines.sparsity.judgement import read_sparsity_report
+    from engines.sparsity.engine_report import read_sparsity_report
 
     if _profiles_kernels(directory):
         if twin is not None or kernels is not None:

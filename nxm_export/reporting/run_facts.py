@@ -377,7 +377,7 @@ def _join(directory: str, name: str) -> str:
 
 def _sparsity(files: Files, directory: str, runtime: str) -> SparsityReport | None:
     from engines.base import ProfiledFacts, backend
-    from engines.sparsity.judgement import read_sparsity_report
+    from engines.sparsity.engine_report import read_sparsity_report
 
     try:
         if backend(runtime).CAPABILITIES.profiled_kernels:

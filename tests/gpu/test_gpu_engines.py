@@ -52,7 +52,7 @@ def test_the_sparse_engine_computes_what_pytorch_computes(twins: tuple[Path, Pat
 
 
 def test_the_flag_makes_the_difference_between_the_twins(twins: tuple[Path, Path]) -> None:
-    from engines.sparsity.judgement import read_sparsity_report
+    from engines.sparsity.engine_report import read_sparsity_report
 
     sparse, dense = (read_sparsity_report(twins[1] / name) for name in ("int8-sparse", "int8-dense"))
     assert dense.sparse_share == 0

@@ -20,7 +20,7 @@ from engines.sparsity.build_evidence import (
     MeasuredLayers,
     read_evidence,
 )
-from engines.sparsity.judgement import WeightFacts, read_sparsity_report
+from engines.sparsity.engine_report import WeightFacts, read_sparsity_report
 from engines.tensorrt import backend
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError, EngineError, ParityError

@@ -18,14 +18,8 @@ from engines.sparsity.build_evidence import (
     parse_layers,
     parse_sparsity_log,
 )
-from engines.sparsity.judgement import (
-    ProductNames,
-    SparsityTarget,
-    WeightFacts,
-    WeightSparsity,
-    judge,
-    write_weight_facts,
-)
+from engines.sparsity.engine_report import WeightFacts, write_weight_facts
+from engines.sparsity.judgement import ProductNames, SparsityTarget, WeightSparsity, judge
 from engines.sparsity.kernel_names import is_among, kernel_named
 from nxm_export.storage.json_files import decode
 from tests.engines.sparsity.test_build_evidence import FACT

@@ -55,7 +55,8 @@ class Context:
     """An execution context that takes the profiles and inputs that it is told."""
 
     def __init__(self, refused: str) -> None:
-        self.refused, self.profile, self.shapes = refused, 0, {}  # type: ignore[var-annotated]
+        self.refused, self.profile = refused, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = index

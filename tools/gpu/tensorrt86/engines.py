@@ -21,7 +21,7 @@ import numpy as np
 
 from engines.base import BuildOptions, Profile
 from engines.benchmark.latency import BenchReport, bench
-from engines.sparsity.judgement import read_sparsity_report
+from engines.sparsity.engine_report import read_sparsity_report
 from engines.tensorrt import backend as trt
 from engines.tensorrt.builder_process import CACHE_FILE
 from engines.tensorrt.cuda_driver import device_facts

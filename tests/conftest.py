@@ -154,7 +154,7 @@ def tiny_engine(
     from engines.base import cpu_backends
 
     def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
-        from nxm_export.pipeline.engine_commands import build_engine
+        from nxm_export.pipeline.engine_builds import build_engine
 
         graph = tiny_graph(family, placement, "cpu" if backend in cpu_backends() else "trt")
         return made_once(

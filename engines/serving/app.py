@@ -19,29 +19,28 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.admission import gate_state
 from engines.serving.batching import QueuedRequest
 from engines.serving.http.connection import BEGAN
 from engines.serving.http.content_coding import coding_of, inflated
 from engines.serving.http.open_files import AcceptFailures
 from engines.serving.http.spare_connections import SPARE
 from engines.serving.lanes import Lanes
-from engines.serving.metrics import Metrics, Observation
+from engines.serving.live_models import LiveModels
+from engines.serving.metrics import Metrics
 from engines.serving.model import Endpoint, Model
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
-from engines.serving.repository import Change, Repository
+from engines.serving.repository import Repository
 from engines.serving.settings import RequestLimits
-from engines.serving.statistics import AnswerStatistics, EngineStatistics, model_config
+from engines.serving.statistics import AnswerStatistics, model_config
 from nxm_export import __version__
-from nxm_export.errors import NxmError, RequestRefused
-from nxm_export.storage.unreadable import is_without_room
+from nxm_export.errors import RequestRefused
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -89,16 +88,11 @@ class Service:
         self.metrics = Metrics()
         self.limits = limits
         self.draining = False
-        self.failure: Exception | None = None  # why the models could not be loaded
-        self.give_up: Callable[[], None] = lambda: None  # called when they could not
-        self._watch = watch
+        self.models = LiveModels(repository, self.metrics, watch=watch)
         self._access_log = access_log
-        self._observations: dict[Model, Observation] = {}
-        self._statistics: dict[Model, EngineStatistics] = {}
         self._answers: dict[tuple[str, str], AnswerStatistics] = {}  # by name and version
         self._held = 0  # bytes of bodies that have arrived and are not answered
         self._lanes = Lanes()
-        self._loading = ThreadPoolExecutor(1, "load")
         self._prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
         self.metrics.ready.set_function(lambda: float(self.ready))
@@ -198,7 +192,7 @@ class Service:
                 headers, content = await self._infer(endpoint, request, body, began)
             finally:
                 model.users -= 1
-            self._observations[model].answer(time.monotonic() - began)
+            self.models.observations[model].answer(time.monotonic() - began)
             response = Response(content)
             response.raw_headers += [*headers, (b"x-request-id", id_.encode("ascii"))]
         except RequestRefused as error:
@@ -332,7 +326,7 @@ class Service:
             {
                 "name": endpoint.name,
                 "version": endpoint.model.version,
-                **self._statistics[endpoint.model].to_dict(self._answers_of(endpoint)),
+                **self.models.statistics[endpoint.model].to_dict(self._answers_of(endpoint)),
             }
             for endpoint in endpoints
         ]
@@ -362,18 +356,8 @@ class Service:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-
-        def deliver(batch: Sequence[QueuedRequest]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is gone when a drain was forced
-                loop.call_soon_threadsafe(_finish, batch)
-
-        def begin(model: Model) -> None:
-            self._observations[model] = self.metrics.watch(model)
-            self._statistics[model] = EngineStatistics(self._observations[model])
-            model.start(deliver, self._statistics[model])
-
         loop.set_exception_handler(AcceptFailures().handle)
-        running = loop.create_task(self._open(begin))
+        running = loop.create_task(self.models.run())
         try:
             yield
         finally:
@@ -381,112 +365,7 @@ class Service:
             self.repository.stop_opening()
             running.cancel()
             self._lanes.close()
-            await loop.run_in_executor(self._loading, self.repository.close)
-            self._loading.shutdown()
-
-    async def _open(self, begin: Callable[[Model], None]) -> None:
-        """Load the models and start them, then watch their directories; `failure` says why they cannot be loaded."""
-        began = time.monotonic()
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._loading, self.repository.open)
-        except Exception as error:  # whoever runs the server raises it again
-            self.failure = error
-            self.give_up()
-            return
-        for model in self.repository.models:
-            begin(model)
-            log.info("loaded", extra={"facts": _facts_of(model)})
-        log.info("ready", extra={"facts": {"seconds": round(time.monotonic() - began, 3)}})
-        await self._reload_changed(begin)
-
-    async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
-        """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is
-        unused."""
-        loop = asyncio.get_running_loop()
-        while self._watch:
-            await asyncio.sleep(self._watch)
-            for change in self.repository.changed():
-                await self._act_on(change, begin)
-            for model in [model for model in self.repository.retired if not model.users]:
-                self.repository.retired.remove(model)
-                self._observations.pop(model)
-                self._statistics.pop(model)
-                await loop.run_in_executor(self._loading, model.close)
-
-    async def _act_on(self, change: Change, begin: Callable[[Model], None]) -> None:
-        """Load a changed directory, or judge its new parity report."""
-        loop, key = asyncio.get_running_loop(), change.key
-        old = self.repository.current(key)
-        try:
-            if change.trouble is not None:
-                raise change.trouble
-            if not change.reload:
-                _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
-                return
-            model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
-        except Exception as error:  # a runtime's own, too; the watch must go on
-            await self._refuse(change, error)
-            return
-        begin(model)
-        self.repository.replace(key, model)
-        self.metrics.reloaded(model, "done")
-        log.info("reloaded", extra={"facts": _facts_of(model)})
-
-    async def _refuse(self, change: Change, error: Exception) -> None:
-        """Say why a change was not taken over; where there was no room for that, it is tried again."""
-        old = self.repository.current(change.key)
-        facts: dict[str, object] = {"model": old.name, "version": old.version, "directory": str(old.directory)}
-        if change.reload:
-            self.metrics.reloaded(old, "refused")
-        if is_without_room(error):
-            if change.trouble is None:
-                self.repository.put_off(change.key)
-            what = "reload" if change.reload else "look at the directory"
-            reason = {"reason": str(error) or type(error).__name__}
-            log.error(f"{what} put off; the old engine goes on", extra={"facts": {**facts, **reason}})
-            return
-        if not isinstance(error, NxmError):
-            log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
-            return
-        log.error("reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}})
-        try:
-            judged = self.repository.judging(change.key)
-            _judge(old, await asyncio.get_running_loop().run_in_executor(self._loading, judged))
-        except NxmError:  # no room to look at its report: once more, with all the rest
-            self.repository.put_off(change.key)
-
-
-def _judge(model: Model, objection: str | None) -> None:
-    """Withdraw a model to whose parity there is an objection, and let one go on to which there is none any more."""
-    facts = {"model": model.name, "version": model.version, "directory": str(model.directory)}
-    if objection is not None and model.withdrawn is None:
-        log.error("withdrawn; it answers no more", extra={"facts": {**facts, "reason": objection}})
-    elif objection is None and model.withdrawn is not None:
-        log.info("goes on; its parity is good enough again", extra={"facts": facts})
-    model.withdrawn = objection
-
-
-def _facts_of(model: Model) -> dict[str, object]:
-    """The log's facts about a model that begins to serve."""
-    return {
-        "model": model.name,
-        "version": model.version,
-        "directory": str(model.directory),
-        "backend": model.passport.backend,
-        "sha256": model.passport.engine_sha256,
-        "contents_sha256": model.passport.contents_sha256,
-        "covers": model.passport.covers,
-        "parity": _parity_of(model),
-        "lengths": [bucket.length for bucket in model.buckets.buckets],
-        "rows": model.buckets.longest.most,
-    }
-
-
-def _parity_of(model: Model) -> str:
-    try:
-        return gate_state(model.directory, model.passport)
-    except NxmError:  # no room to look; when it was loaded there was
-        return "unknown"
+            await self.models.close()
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -514,12 +393,6 @@ def _is_small(endpoint: Endpoint, body: bytes, length: str | None) -> bool:
     if endpoint.text_frontend is not None:
         return len(body) <= INLINE_TEXT
     return len(body) <= INLINE_JSON or (length is not None and length.isdecimal() and len(length) <= 4)
-
-
-def _finish(batch: Sequence[QueuedRequest]) -> None:
-    for queued in batch:
-        if queued.answered is not None and not queued.answered.done():
-            queued.answered.set_result(None)
 
 
 def _expire_at(deadline: float, done: asyncio.Future[None], timeout: float) -> asyncio.TimerHandle:

@@ -73,8 +73,8 @@ def serve(
         url = f"http://{_host(listener)}:{listener.getsockname()[1]}"
         log.info("listening", extra={"facts": {"url": url}})
         server.run(sockets=[listener])
-        if service.failure is not None:
-            raise service.failure
+        if service.models.failure is not None:
+            raise service.models.failure
     finally:
         listener.close()
 
@@ -160,7 +160,7 @@ def _server(service: Service, options: ServerOptions) -> uvicorn.Server:
         backlog=_BURST,
     )
     server = Server(config)
-    service.give_up = lambda: setattr(server, "should_exit", True)
+    service.models.give_up = lambda: setattr(server, "should_exit", True)
     return server
 
 

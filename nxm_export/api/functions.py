@@ -315,7 +315,7 @@ def build(
     samples, ``auto`` keeps only an engine that passes `compare`, with the checkpoint that is recorded beside the graph,
     or with `checkpoint`.
     """
-    from nxm_export.pipeline.engine_commands import ParityCheck, build_engine, build_fastest
+    from nxm_export.pipeline.engine_builds import ParityCheck, build_engine, build_fastest
 
     if backend != "auto":
         if shapes is not None or data is not None or checkpoint is not None:
@@ -343,7 +343,7 @@ def compare(
     name it as `checkpoint`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises
     `ParityError` for an engine that differs and for a gate that does not hold.
     """
-    from nxm_export.pipeline.engine_commands import compare_engines
+    from nxm_export.pipeline.engine_comparison import compare_engines
 
     paths = _paths(engines)
     return compare_engines(checkpoint or recorded_checkpoint(paths[0]), paths, str(data), columns, gates)
@@ -384,7 +384,7 @@ def bench(
 ) -> BenchReport:
     """Time engine directories interleaved at `shapes` of (batch, sequence), by default those of ``nxm bench``;
     speed-ups are against the first."""
-    from nxm_export.pipeline.engine_commands import bench_engines
+    from nxm_export.pipeline.engine_timing import bench_engines
 
     _require_threads(threads)
     return bench_engines(_paths(engines), shapes, rounds, threads)
@@ -401,7 +401,7 @@ def bench_text(
 ) -> TextReport:
     """Sentences a second of CPU engine directories over the text of a data file, tokenisation included; each is loaded
     twice, with either hint."""
-    from nxm_export.pipeline.engine_commands import bench_text as bench_engines
+    from nxm_export.pipeline.engine_timing import bench_text as bench_engines
 
     _require_threads(threads)
     return bench_engines(_paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns)

@@ -217,7 +217,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
 
     GRAPH is a graph directory or an ONNX file; with --twins it is a checkpoint, and three engines are built.
     """
-    from nxm_export.pipeline.engine_commands import (
+    from nxm_export.pipeline.engine_builds import (
         DataProfiles,
         ParityCheck,
         build_engine,

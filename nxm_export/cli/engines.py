@@ -106,7 +106,7 @@ def compare(
     (3), or when no engine is left (1). With --bisect, block by block instead, and exits with 3 when a block parts.
     """
     from engines.parity.gates import parse_gate
-    from nxm_export.pipeline import engine_commands
+    from nxm_export.pipeline.engine_comparison import bisect_engines, compare_engines
 
     for gate in gates:
         try:
@@ -125,14 +125,14 @@ def compare(
         click.echo(f"the checkpoint is {checkpoint}, which {engines[0]} records", err=True)
     named = columns_of(columns["text"], columns["text_pair"], columns["label"], columns["label_map"])
     if bisect:
-        reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
+        reports = bisect_engines(checkpoint, engines, data, named)
         show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))
         if not json:
             print_next(f"nxm inspect {quoted(engines[0])}")
         for report in reports:
             report.require()
         return
-    comparison = engine_commands.compare_engines(checkpoint, engines, data, named, gates)
+    comparison = compare_engines(checkpoint, engines, data, named, gates)
     show_result(comparison.to_list, json, lambda: print_comparison(comparison, everything))
     if not json:
         following = f"nxm serve {quoted(engines[0])} --text"

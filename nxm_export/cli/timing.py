@@ -101,7 +101,7 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
 
     ENGINEs are timed in turns; speeds are against the first. With --serve running servers are loaded instead.
     """
-    from nxm_export.pipeline.engine_commands import bench_engines, bench_text
+    from nxm_export.pipeline.engine_timing import bench_engines, bench_text
 
     options = typed(_BenchOptions, values)
     _require_bench_usage(options, with_engine=bool(engines))
@@ -142,7 +142,7 @@ def _require_bench_usage(options: _BenchOptions, *, with_engine: bool) -> None:
 
 
 def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool) -> None:
-    from nxm_export.pipeline.engine_commands import LoadRequests, LoadRounds, load_servers
+    from nxm_export.pipeline.engine_timing import LoadRequests, LoadRounds, load_servers
 
     name, data, rounds = options.name, options.data, options.rounds or LOAD_ROUNDS
     if not name or not data or len(engines) > 1:

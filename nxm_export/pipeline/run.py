@@ -32,9 +32,9 @@ from nxm_export.data.columns import Columns
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.early_refusals import require_more_text, require_possible
-from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose_engine, compare_built, drop_others
 from nxm_export.pipeline.estimate import saved_bytes
+from nxm_export.pipeline.labelled_texts import features_of
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 from nxm_export.pipeline.run_engines import RunBackends, RunGraph, engines_of, graphs_of, run_backends
 from nxm_export.pipeline.summary import kind_of, summarize, summarized_files

@@ -20,7 +20,8 @@ from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION
 from nxm_export.errors import EngineUnavailable, PlanError
-from nxm_export.pipeline.engine_commands import bisect_engines, build_engine
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.engine_comparison import bisect_engines
 from tests.support import baked, tiny
 from tests.support.few_rounds import time_few_rounds_here
 

@@ -32,7 +32,7 @@ from nxm_export.data.features import Features
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
 from nxm_export.graph.int8_embedding import embedding_hash
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.storage.json_files import encode
 from tests.support import baked, tiny
 

@@ -21,7 +21,7 @@ from engines.serving.settings import ModelOptions
 from nxm_export.cli import main
 from nxm_export.data.predictions import Prediction
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, tiny
 
 POSITIONS, HEADS = 4096, 4

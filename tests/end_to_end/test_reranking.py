@@ -27,7 +27,7 @@ from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import tiny
 
 TASK = TASKS["reranking"]

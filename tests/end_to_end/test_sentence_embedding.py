@@ -36,7 +36,8 @@ from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.sentence_embedding import embedding_model
-from nxm_export.pipeline.engine_commands import build_engine, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.labelled_texts import features_of
 from nxm_export.storage.json_files import entry_at
 from tests.support import tiny
 from tests.support.variants import variants

@@ -35,7 +35,8 @@ from nxm_export.data.metrics import (
 from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.labelled_texts import features_of
 from tests.support import tiny
 from tests.support.variants import variants
 

@@ -29,7 +29,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.storage.hashing import file_hash
 from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants

@@ -22,7 +22,7 @@ from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import EngineUnavailable
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, onnx_text
 from tests.support.variants import variants
 

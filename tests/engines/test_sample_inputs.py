@@ -27,7 +27,8 @@ from engines.sample_inputs import nearest_shape, require_shape, sample_feeds, sh
 from nxm_export.cli import main
 from nxm_export.contract.choices import BENCH_SHAPES
 from nxm_export.errors import EngineError, NxmError
-from nxm_export.pipeline.engine_commands import bench_engines, build_engine, build_fastest
+from nxm_export.pipeline.engine_builds import build_engine, build_fastest
+from nxm_export.pipeline.engine_timing import bench_engines
 from tests.support.variants import variants
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")

@@ -62,7 +62,7 @@ def test_the_flag_makes_the_difference_between_the_twins(twins: tuple[Path, Path
 
 
 def test_the_bench_ends_in_a_verdict(twins: tuple[Path, Path]) -> None:
-    from nxm_export.pipeline.engine_commands import bench_engines
+    from nxm_export.pipeline.engine_timing import bench_engines
 
     report = bench_engines([twins[1]], [(1, 32), (32, 64)], rounds=10)
     assert {timing.clock for timing in report.timings} == {"CUDA events"}

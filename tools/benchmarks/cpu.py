@@ -30,7 +30,7 @@ from engines.passport import companion_hashes, cpu_device, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of
-from nxm_export.pipeline.engine_commands import bench_text
+from nxm_export.pipeline.engine_timing import bench_text
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert
 from tools import ROOT

@@ -27,7 +27,9 @@ from nxm_export.data.columns import Columns
 from nxm_export.data.examples import load_raw
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.demo import model_directory
-from nxm_export.pipeline.engine_commands import bench_text, build_engine, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.engine_timing import bench_text
+from nxm_export.pipeline.labelled_texts import features_of
 from nxm_export.storage.json_files import convert
 from tools import ROOT
 from tools.benchmarks.cpu_record import TextRecord, TimedEmbeddings

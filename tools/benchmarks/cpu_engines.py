@@ -21,7 +21,9 @@ from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.columns import Columns
 from nxm_export.data.features import pad
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine, compare_engines, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.engine_comparison import compare_engines
+from nxm_export.pipeline.labelled_texts import features_of
 from tools import ROOT
 from tools.benchmarks.cpu_record import LatencyRow, Load, ParityRow
 from tools.benchmarks.cpu_section import PEER, PEER_FIXED

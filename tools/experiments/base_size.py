@@ -25,7 +25,7 @@ from nxm_export.data.features import pad
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.demo import write_data
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tools.provenance import versions
 
 BATCH = 16

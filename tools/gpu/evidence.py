@@ -189,7 +189,7 @@ def shape_of(text: str) -> tuple[int, int]:
 
 def measure(variant: Variant, plan: Plan) -> Result:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
-    from nxm_export.pipeline.engine_commands import bench_engines
+    from nxm_export.pipeline.engine_timing import bench_engines
     from nxm_export.pipeline.inspection import inspect_engine, measure_layers
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
@@ -301,7 +301,7 @@ def parity(checkpoint: Path, work: Path, longest: int, vocabulary: int = 30522) 
 
 def force(work: Path, settings: BuildOptions) -> Forced:
     """No sparse kernel ran: does one exist? Ask the builder to take sparse ones only, where it lists that as public."""
-    from nxm_export.pipeline.engine_commands import build_engine
+    from nxm_export.pipeline.engine_builds import build_engine
     from nxm_export.pipeline.inspection import inspect_engine
 
     out = work.with_name(f"{work.name}-must")

@@ -21,7 +21,7 @@ from nxm_export.data.answer_spans import Window
 from nxm_export.data.features import label_array
 from nxm_export.errors import ArtifactError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import tiny
 
 TASK = TASKS["question-answering"]

@@ -18,7 +18,7 @@ from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
 from nxm_export.cli import main
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.pipeline.engine_commands import ParityCheck, build_fastest
+from nxm_export.pipeline.engine_builds import ParityCheck, build_fastest
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
 from tests.support import onnx_text
 

@@ -24,7 +24,8 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.data.columns import Columns
-from nxm_export.pipeline.engine_commands import build_engine, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.labelled_texts import features_of
 from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
 

@@ -26,7 +26,8 @@ from nxm_export.cli import main
 from nxm_export.data.columns import Columns
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.labelled_texts import features_of
 from tests.support import baked, onnx_text
 from tests.support.tiny import FAMILIES
 from tests.support.variants import variants

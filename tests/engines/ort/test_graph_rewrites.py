@@ -21,7 +21,7 @@ from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.graph.exporter import export
 from nxm_export.graph.int4_storage import CAST, store_int4
 from nxm_export.graph.reading.graph_weights import load_graph, save_graph
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, onnx_text
 from tests.support.variants import variants
 

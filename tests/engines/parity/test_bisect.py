@@ -27,7 +27,7 @@ from nxm_export.data.examples import encode, index_of, load_raw, with_classes
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import DataError, ParityError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked
 from tests.support.broken import BLOCK, BROKEN, drop_pair, overflowing, write_engine
 

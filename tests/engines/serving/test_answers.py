@@ -36,7 +36,7 @@ from nxm_export.data.question_answering import answer_scores, windows
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import DataError, RequestRefused, ServeError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, exact_engine, tiny
 from tools.benchmarks.servers import Running, nxm_serve, triton, triton_venv
 

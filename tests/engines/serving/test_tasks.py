@@ -24,7 +24,8 @@ from nxm_export.data.features import pad
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import RequestRefused, ServeError
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.engine_commands import build_engine, features_of
+from nxm_export.pipeline.engine_builds import build_engine
+from nxm_export.pipeline.labelled_texts import features_of
 from tests.support import baked, tiny
 from tools.benchmarks.servers import nxm_serve
 

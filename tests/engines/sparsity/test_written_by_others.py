@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.base import backend
 from nxm_export.errors import EngineError
 from nxm_export.graph.verifier import verify
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.pipeline.inspection import FileDiagnosis, GraphFacts, doctor_file, inspect_path
 from tests.support import onnx_text
 

@@ -16,7 +16,7 @@ from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityErr
 from nxm_export.graph.exporter import export
 from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
-from nxm_export.pipeline.engine_commands import _export_again
+from nxm_export.pipeline.engine_comparison import _export_again
 from tests.support import baked, tiny
 from tests.support.trt_models import Checkpoints
 
@@ -233,7 +233,7 @@ def _rows(file: Path, inputs: str, text: str) -> Path:
 
 
 def test_a_profile_beyond_the_table_of_positions_is_named_and_the_log_is_kept(tmp_path: Path) -> None:
-    from nxm_export.pipeline.engine_commands import build_engine
+    from nxm_export.pipeline.engine_builds import build_engine
 
     file = _rows(tmp_path / "model.onnx", "float[b, s, 8] x", "h = Add(x, positions) y = MatMul(h, w)")
     with pytest.raises(EngineError, match=r"256 != 128") as failure:
@@ -266,7 +266,7 @@ def test_sizes_that_the_graph_has_fixed_are_those_of_the_profile(
 
 
 def test_weights_beside_the_graph_are_built_into_the_engine(tmp_path: Path) -> None:
-    from nxm_export.pipeline.engine_commands import build_engine
+    from nxm_export.pipeline.engine_builds import build_engine
 
     plain, beside = _rows(tmp_path / "plain.onnx", "float[b, 8] x", "y = MatMul(x, w)"), tmp_path / "beside.onnx"
     onnx.save(onnx.load(plain), beside, save_as_external_data=True, location="beside.onnx.data", size_threshold=0)

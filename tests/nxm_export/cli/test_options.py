@@ -180,7 +180,7 @@ def test_a_command_without_options_calls_its_function_with_the_function_s_own_de
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nxm_export.graph.exporter import export
-    from nxm_export.pipeline.engine_commands import bench_engines
+    from nxm_export.pipeline.engine_timing import bench_engines
 
     for function, command in ((export, ["export", "c", "--out", "o"]), (bench_engines, ["bench", "e"])):
         defaults = _defaults_of(function)
@@ -192,7 +192,7 @@ def test_a_build_without_options_is_told_what_a_caller_without_arguments_tells_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from engines.base import BuildOptions
-    from nxm_export.pipeline.engine_commands import DataProfiles, build_engine
+    from nxm_export.pipeline.engine_builds import DataProfiles, build_engine
     from nxm_export.pipeline.sparsity_twins import TwinGraphs
 
     command = ["build", "graph.onnx", "--out", "o"]
@@ -203,7 +203,7 @@ def test_a_build_without_options_is_told_what_a_caller_without_arguments_tells_i
     assert arguments["name"] == _defaults_of(build_engine)["name"]
     assert _arguments_of(monkeypatch, build_engine, [*command, "--lengths", "f"])["profiles_from"] == DataProfiles("f")
     monkeypatch.undo()
-    from nxm_export.pipeline.engine_commands import build_twin_engines
+    from nxm_export.pipeline.engine_builds import build_twin_engines
 
     graphs = _arguments_of(monkeypatch, build_twin_engines, [*command, "--backend", "trt", "--twins"])["graphs"]
     assert graphs == TwinGraphs()

@@ -19,7 +19,7 @@ from nxm_export.graph import external_data
 from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
-from nxm_export.pipeline.engine_commands import build_engine, build_fastest
+from nxm_export.pipeline.engine_builds import build_engine, build_fastest
 from nxm_export.pipeline.inspection import doctor_file
 from nxm_export.storage.hashing import file_hash
 from tests.support import onnx_text

@@ -12,7 +12,7 @@ import pytest
 from engines.benchmark.latency import BenchReport, Ratio
 from engines.passport import load_passport
 from nxm_export.errors import ArtifactError, EngineError
-from nxm_export.pipeline.engine_commands import _verdict
+from nxm_export.pipeline.engine_timing import _verdict
 from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode

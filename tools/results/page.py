@@ -326,8 +326,9 @@ def _retentions(pool: Pool) -> Iterable[list[str]]:
         retention = pool.retention(row)
         if retention is not None:
             below = {-1: "yes", 1: "no", 0: "undecided"}[retention.side(MARGIN)]
-            cells, width = _cells(pool.cells(row, "dense")), _points(retention.half_width)
-            yield [f"`{row}`", cells, _estimate(retention), width, below]
+            cells, width = pool.cells(row, "dense"), _points(retention.half_width)
+            floor = f"{100 * pool.one_answer(cells):.1f}"
+            yield [f"`{row}`", _cells(cells), _estimate(retention), width, below, floor]
 
 
 def _compared(comparison: Comparison) -> list[str]:

@@ -85,6 +85,15 @@ class Pool:
         drawn = self._drawn(cells, lambda cell, counts: self._resampled_retention(row, cell, counts))
         return Estimate(_pooled(cells, lambda cell: self._retention(row, cell)), percentiles(drawn))
 
+    def one_answer(self, cells: Sequence[Cell]) -> float:
+        """Pooled retention of what gives every text the most frequent class of dev: what needs no model at all."""
+
+        def of(cell: Cell) -> float:
+            counts = np.bincount(self._record("dense", cell).labels)
+            return float(counts.max() / counts.sum()) / self._accuracy("dense", cell)
+
+        return _pooled(cells, of)
+
     def compare(self, row: str, other: str) -> Comparison | None:
         """A row against another; None without a common cell."""
         cells = self.cells(row, other, "dense")

@@ -67,9 +67,10 @@ def results_table(results: Path) -> str:
         saved = _bits_saved(pool, shown.row, cells)
         span = f"{100 * kept.value:.1f} % ({low:.1f} to {high:.1f})"
         epochs = _epochs(pool, shown.row, cells)
-        rows.append([shown.encoder, shown.words, f"{100 * saved:.1f} %", span, epochs, _where(cells)])
-    head = ["encoder", "compression", "bits saved", "accuracy kept (95 %)", "epochs", "tasks (seeds)"]
-    return table(rows, head, "llrlrl")
+        floor = f"{100 * pool.one_answer(cells):.0f} %"
+        rows.append([shown.encoder, shown.words, f"{100 * saved:.1f} %", span, floor, epochs, _where(cells)])
+    head = ["encoder", "compression", "bits saved", "accuracy kept (95 %)", "one class", "epochs", "tasks (seeds)"]
+    return table(rows, head, "llrlrrl")
 
 
 def _bits_saved(pool: Pool, row: str, cells: tuple[Cell, ...]) -> float:

@@ -137,3 +137,15 @@ def test_no_retention_of_a_dense_model_that_knows_nothing(book: Book) -> None:
     assert retention is not None
     assert retention.value > 1
     assert retention.interval is None
+
+
+def test_one_answer_for_all_is_scored_as_any_row(book: Book) -> None:
+    """By a row that gives the most frequent class of each task, which differs between the two."""
+    for task, labels, dense in (("rte", "0011000110", "0011000101"), ("sst2", "1101110111", "1101110110")):
+        for seed, wrong in ((0, 0), (1, 1)):
+            book.write(task, "dense", seed, labels, flipped(dense, *range(wrong)))
+            book.write(task, "obs-2:4+W4", seed, labels, {"rte": "0", "sst2": "1"}[task] * 10, compressed=compressed())
+    pool = Pool([book.statistics("rte"), book.statistics("sst2")])
+    kept = pool.retention("obs-2:4+W4")
+    assert kept is not None
+    assert pool.one_answer(pool.cells("obs-2:4+W4", "dense")) == pytest.approx(kept.value, abs=1e-12)

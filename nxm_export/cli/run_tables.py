@@ -175,11 +175,19 @@ def _verdict(summary: RunSummary) -> list[str]:
     if (chosen := summary.chosen) is not None:
         engines += f" Kept: {chosen.name}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
-    mixed = _mixed_versions(summary)
+    rest = [*_knows_little(summary), *_mixed_versions(summary)]
     if low is None or high is None:
-        return [engines, f"{quality}.", *mixed]
+        return [engines, f"{quality}.", *rest]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return [engines, f"{quality}: {found}.", *mixed]  # the interval stands in the table below
+    return [engines, f"{quality}: {found}.", *rest]  # the interval stands in the table below
+
+
+def _knows_little(summary: RunSummary) -> list[str]:
+    """That accuracy kept says nothing, where the dense model may have none to keep."""
+    blind = summary.one_class
+    if blind is None or blind.dense_is_better is not False:
+        return []
+    return [f"Nothing to keep: dense is not shown to beat one class for all ({score_text(blind.value)})."]
 
 
 def _mixed_versions(summary: RunSummary) -> list[str]:
@@ -277,6 +285,8 @@ def _print_quality(summary: RunSummary) -> None:
             f"to dense: {low:+.4f} to {high:+.4f} (paired 95 %)" if known else "no interval",
         ),
     ]
+    if blind := summary.one_class:
+        rows.append(("no model: one class for all", score_text(blind.value), repr(blind.label)))
     if alike := summary.cosine_to_dense:
         rows.append(("its cosine to the dense embeddings", f"{alike.mean:.4f}", f"the least {alike.least:.4f}"))
     click.echo(f"{summary.metric} on {summary.dev_samples} held-out samples")

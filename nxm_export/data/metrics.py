@@ -234,6 +234,14 @@ def paired_interval(
     return _interval(units, lambda pick: ours(pick) - theirs(pick), seed)
 
 
+def one_class(name: str, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The outputs (samples, classes) that give every sample the same class, of all such the ones with the highest
+    metric: what a model that reads nothing can reach. Labels (samples,) are classes by index."""
+    metric = metric_named(name)
+    constant = [np.broadcast_to(row, (len(labels), classes)) for row in np.eye(classes)]
+    return max(constant, key=lambda outputs: metric(outputs, labels))
+
+
 def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (), source: str = "the data") -> None:
     """Raise `DataError` where a metric is the same for every model, right or wrong: it tells nothing, and would gate
     nothing."""

@@ -23,6 +23,7 @@ from nxm_export.contract.records.run_summary import (
     ChosenEngine,
     EngineParity,
     Likeness,
+    OneClass,
     RtxBuild,
     RunSummary,
     ShapeLatency,
@@ -72,6 +73,7 @@ def summarize(
     benches = {file.stem: read_bench_report(file) for file in files}
     reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in engines.compared}
     interval, likeness = _against_dense(directory, dense.metric, chosen.name, YARDSTICK)
+    blind = _one_class(directory, dense.metric, YARDSTICK)
     rtx = next((name for name in engines.graphs if name == f"{AHEAD_OF_TIME}-fp16-{kind_of(plan)}"), None)
     return RunSummary(
         metric=dense.metric,
@@ -80,6 +82,7 @@ def summarize(
         compressed=reports[chosen.name].engine_value,
         difference_interval=interval,
         cosine_to_dense=likeness,
+        one_class=blind,
         checkpoint=compressed.value,
         compression={counting: plan.compression(counting) for counting in COUNTINGS},
         plan=plan.pattern_counts,
@@ -155,6 +158,22 @@ def _against_dense(
     first = next(iter(task.outputs))
     alike = cosines(theirs[first], ours[first])
     return (finite(low), finite(high)), Likeness(float(alike.mean()), float(alike.min()))
+
+
+def _one_class(directory: RunDir, metric: str, reference: str) -> OneClass | None:
+    """What one class for every sample reaches, against the dense model; None where a sample has not one class."""
+    from engines.parity.compare import OUTPUTS_FILE
+    from nxm_export.data.metrics import metric_named, one_class, paired_interval
+
+    spec = load_spec(directory.path("onnx", "cpu"))
+    if TASKS[spec.task].label != "class":
+        return None
+    outputs = np.load(directory.path("compare", reference, OUTPUTS_FILE))
+    dense, labels = outputs[next(iter(TASKS[spec.task].outputs))], outputs["labels"]
+    blind = one_class(metric, labels, dense.shape[-1])
+    low, high = paired_interval(metric, dense, blind, labels)
+    label = spec.labels[int(blind[0].argmax())]
+    return OneClass(label, metric_named(metric)(blind, labels), (finite(low), finite(high)))
 
 
 def _rtx_build(directory: Path) -> RtxBuild:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
 NO_DIFFERENCE = "no difference found"
+NOTHING_TO_KEEP = "dense model knows too little"
 Piece = str | Shown
 COUNTED = {
     "hw": "2:4 as tensor cores store it, index and scales included",
@@ -119,10 +120,17 @@ def _accuracy(run: Run) -> Verdict:
     rows.append(VerdictRow("difference, 95 % paired", (low.shown("signed"), " to ", high.shown("signed"))))
     if samples := dev_samples(run):
         rows.append(VerdictRow("measured", (" on ", samples.shown("general"), " held-out samples")))
+    blind = run.summary.content.one_class if run.summary else None
+    if blind and (reached := run.figure("one_class", "value")):
+        rows.append(VerdictRow("one class for all", (reached.shown("score"), f" ({blind.label})")))
     if high.number < 0:
         state, word, note = BAD, "worse than dense", "The whole interval lies below 0."
     elif low.number > 0:
         state, word, note = GOOD, "better than dense", "The whole interval lies above 0."
+    elif blind and blind.dense_is_better is False:
+        state, word = OPEN, NOTHING_TO_KEEP
+        note = "These samples do not show that the dense model is better than one class for every sample. "
+        note += "So it says nothing that the compressed model is no worse."
     else:
         state, word = OPEN, NO_DIFFERENCE
         note = "The interval holds 0: these samples show no difference between the two models. "

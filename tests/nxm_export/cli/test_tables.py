@@ -18,6 +18,7 @@ from nxm_export.cli.run_tables import print_compression, print_search, print_sum
 from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.cli.tables import busy_note, print_facts, print_table
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, Scores, TrainingFacts
+from nxm_export.contract.records.run_summary import OneClass
 from nxm_export.contract.records.search_result import (
     FullRun,
     PlanScore,
@@ -240,6 +241,15 @@ def test_a_run_begins_with_its_verdict_and_ends_with_what_to_type(
     failed = replace(SUMMARY, parity={"ort-cpu-int8": replace(SUMMARY.parity["ort-cpu-int8"], passed=False)})
     print_summary(failed)
     assert capsys.readouterr().out.startswith("FAILED: ort-cpu-int8 differs from the checkpoint.")
+    blind = replace(SUMMARY, one_class=OneClass("very good", 0.7, (-0.01, 0.1)))
+    print_summary(blind)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    printed = " ".join(printed.split())
+    assert "Nothing to keep: dense is not shown to beat one class for all (0.7000)." in printed
+    assert "no model: one class for all 0.7000 'very good'" in printed
+    print_summary(replace(SUMMARY, one_class=OneClass("very good", 0.7, (0.01, 0.1))))
+    assert "not shown" not in capsys.readouterr().out
     print_summary(replace(SUMMARY, parity={}, failed={}))
     assert capsys.readouterr().out.startswith("Nothing proven")
 

@@ -12,7 +12,7 @@ import pytest
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.columns import Columns
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
-from nxm_export.data.metrics import metric_named, require_scorable
+from nxm_export.data.metrics import metric_named, one_class, require_scorable
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import DataError
 from tests.support import tiny
@@ -120,3 +120,20 @@ def test_a_metric_that_is_the_same_for_every_model_is_refused(
     require_scorable(name, np.array(good), classes)
     with pytest.raises(DataError, match="is 0 whatever is predicted"):
         require_scorable(name, np.array(bad), classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "label", "value"),
+    [
+        ("accuracy", [0, 1, 1, 2, 1, 0], 1, 3 / 6),
+        ("f1", [0, 0, 0, 0, 1, 0], 1, 2 / 7),  # the rare class: one right of six answers, none missed
+        ("mcc", [0, 0, 1, 1, 1, 0], 0, 0.0),
+    ],
+)
+def test_one_class_for_all_is_the_one_that_the_metric_likes_best(
+    name: str, labels: list[int], label: int, value: float
+) -> None:
+    outputs = one_class(name, np.array(labels), max(labels) + 1)
+    assert outputs.shape == (6, max(labels) + 1)
+    assert set(outputs.argmax(axis=-1)) == {label}
+    assert metric_named(name)(outputs, np.array(labels)) == pytest.approx(value)

@@ -92,7 +92,7 @@ def states(run: Path) -> dict[str, int]:
     return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
 
 
-def test_the_json_has_what_scripts_need(finished: Finished) -> None:
+def test_the_json_has_what_scripts_need(desk: Desk, finished: Finished) -> None:
     run, summary, _ = finished
     assert summary["metric"] == "accuracy"
     assert summary["dev_samples"] == tiny.DEV_SAMPLES
@@ -101,6 +101,10 @@ def test_the_json_has_what_scripts_need(finished: Finished) -> None:
     assert 0.5 < made.compressed <= 1
     assert made.dense is not None
     assert 0.5 < made.dense <= 1
+    assert made.one_class is not None
+    labels = [line.rsplit("\t", 1)[1] for line in desk.dev.read_text(encoding="utf-8").splitlines()[1:]]
+    assert made.one_class.value == max(map(labels.count, labels)) / len(labels)
+    assert made.one_class.dense_is_better
     assert set(made.compression) >= {"values", "packed", "hw"}
     assert made.compression["values"] == 0.875  # half of the weights, a quarter of the bits
     for report in made.parity.values():

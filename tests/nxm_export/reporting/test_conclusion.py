@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.records.run_summary import OneClass
 from nxm_export.reporting.conclusion import Conclusion, conclude
 from nxm_export.reporting.figures import Shown
 from nxm_export.reporting.run_facts import Run
@@ -43,6 +44,15 @@ def test_a_run_that_went_well_is_one_sentence_and_the_command_that_serves_it() -
         "planned to be sparse."
     )
     assert made.command == SERVED
+
+
+def test_a_dense_model_that_knows_too_little_leaves_the_answer_open() -> None:
+    knows = replace(SUMMARY, one_class=OneClass("good", 0.7, (0.01, 0.1)))
+    blind = replace(SUMMARY, one_class=OneClass("good", 0.7, (-0.01, 0.1)))
+    good, made = (conclude(made_run(engine(compared=parity()), summary=each)) for each in (knows, blind))
+    assert "no difference in accuracy to the dense model was found" in text(good)
+    assert made.state == "open"
+    assert "dense model is not shown to be better than one class for every sample" in text(made)
 
 
 def test_the_numbers_of_the_sentence_name_their_files() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from engines.benchmark.latency import BenchReport, Timing
 from nxm_export.contract.records.checkpoint_metrics import DenseMetrics
-from nxm_export.contract.records.run_summary import RunSummary
+from nxm_export.contract.records.run_summary import OneClass, RunSummary
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.run_facts import EngineEntry, Run
 from nxm_export.reporting.verdicts import compressed_value, dev_samples, metric, verdicts
@@ -36,6 +36,24 @@ def words(summary: RunSummary) -> dict[str, str]:
 )
 def test_accuracy_is_judged_by_the_paired_interval(interval: tuple[float | None, float | None], word: str) -> None:
     assert words(replace(SUMMARY, difference_interval=interval))["accuracy"] == word
+
+
+@pytest.mark.parametrize(
+    ("gain", "interval", "word"),
+    [
+        ((0.01, 0.2), (-0.01, 0.02), "no difference found"),
+        ((0.0, 0.2), (-0.01, 0.02), "dense model knows too little"),
+        ((-0.3, -0.1), (-0.01, 0.02), "dense model knows too little"),
+        ((-0.1, 0.2), (-0.04, -0.01), "worse than dense"),
+        ((-0.1, 0.2), (0.01, 0.02), "better than dense"),
+        ((None, None), (-0.01, 0.02), "no difference found"),
+    ],
+)
+def test_no_loss_is_no_praise_where_the_dense_model_is_no_better_than_one_class(
+    gain: tuple[float | None, float | None], interval: tuple[float, float], word: str
+) -> None:
+    summary = replace(SUMMARY, difference_interval=interval, one_class=OneClass("good", 0.7, gain))
+    assert words(summary)["accuracy"] == word
 
 
 @pytest.mark.parametrize(

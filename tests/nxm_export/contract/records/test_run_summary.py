@@ -13,6 +13,7 @@ from nxm_export.contract.records.run_summary import (
     SUMMARY_FILE,
     EngineParity,
     Likeness,
+    OneClass,
     RunSummary,
     read_summary,
     read_summary_file,
@@ -35,15 +36,20 @@ def saved(directory: Path, text: str) -> Path:
         SUMMARY,
         replace(SUMMARY, dense=None, difference_interval=(None, None), trt_rtx=None),
         replace(SUMMARY, embedding="int8", cosine_to_dense=Likeness(0.99, 0.9)),
+        replace(SUMMARY, one_class=OneClass("good", 0.5, (0.1, 0.4))),
     ],
-    ids=["classification", "without numbers", "embeddings"],
+    ids=["classification", "without numbers", "embeddings", "one class"],
 )
 def test_a_summary_comes_back_as_it_was_written(tmp_path: Path, summary: RunSummary) -> None:
     assert read_summary_file(saved(tmp_path, summary.to_json())) == summary
 
 
 def test_a_file_without_what_only_some_runs_have_is_read(tmp_path: Path) -> None:
-    fields = {key: value for key, value in SUMMARY.to_dict().items() if key not in ("embedding", "cosine_to_dense")}
+    fields = {
+        key: value
+        for key, value in SUMMARY.to_dict().items()
+        if key not in ("embedding", "cosine_to_dense", "one_class")
+    }
     assert read_summary_file(saved(tmp_path, json.dumps(fields))) == SUMMARY
 
 

@@ -43,7 +43,7 @@ from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.contract.tasks import Task, task_named
 from nxm_export.data.columns import Columns
 from nxm_export.data.features import group_array, label_array
-from nxm_export.data.metrics import interval, metric_named, paired_interval
+from nxm_export.data.metrics import interval, metric_named, paired_interval, scored_units
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
@@ -220,7 +220,7 @@ def _scores(logits: np.ndarray, data: TaskData) -> Scores:
         metric=task.metric,
         value=finite(metric_named(task.metric, names, groups)(logits, labels)),
         interval=finite_interval(*interval(task.metric, logits, labels, classes=names, groups=groups)),
-        dev_samples=len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
+        dev_samples=scored_units(task.metric, logits, labels, names, groups),
         secondary_metrics={
             name: finite(metric_named(name, names, groups)(logits, labels)) for name in task.secondary_metrics
         },

@@ -160,7 +160,7 @@ class Job:
     def prepared(self) -> nn.Module:
         """The model that is compressed, with the plan's quantizers in it, calibrated."""
         student = load_model(self.source, self.data.task, gelu=self.settings.gelu)
-        _without_dropout(student)
+        without_dropout(student)
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
         if not self.steps:  # training starts where its defaults were found, and moves weights and ranges itself
@@ -367,8 +367,13 @@ def freeze_embeddings(model: nn.Module) -> None:
             module.requires_grad_(False)
 
 
-def _without_dropout(model: nn.Module) -> None:
-    """Quantization is regularisation enough, and distillation wants a student without noise of its own."""
+def without_dropout(model: nn.Module) -> None:
+    """Stop dropout in `model`, in place.
+
+    Quantization is regularisation enough, and distillation wants a student without noise of its own.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # of families that drop by a function
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (nn.Module declares no such attribute)

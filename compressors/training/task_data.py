@@ -148,9 +148,16 @@ def _no_answer(source: ModelSource, task: Task, *parts: Examples | None) -> floa
 
 
 def _require_rows(source: ModelSource, data: TaskData, tokenizer: FastTokenizer) -> None:
-    """Raise `ArtifactError` where the tokenizer gives tokens that the model's table has no row for."""
+    """Raise `ArtifactError` where the tokenizer gives tokens, or kinds of tokens, that the model has no row for."""
     rows = size_of(source.config, "vocab_size")
     samples = (*data.train, *data.dev, *data.more_text)
+    kinds = 1 + max(max(sample.get("token_type_ids", ()), default=0) for sample in samples)
+    if source.config.get("type_vocab_size") and kinds > size_of(source.config, "type_vocab_size"):
+        raise ArtifactError(
+            f"{source.path}: its tokenizer tells {kinds} kinds of tokens apart, and the model (type_vocab_size) "
+            f'{size_of(source.config, "type_vocab_size")}; set "model_input_names": ["input_ids", "attention_mask"] '
+            "in tokenizer_config.json"
+        )
     if max([data.pad_id, *(max(sample["input_ids"], default=0) for sample in samples)]) < rows:
         return
     beyond = {token for sample in samples for token in sample["input_ids"] if token >= rows} | (

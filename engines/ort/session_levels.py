@@ -1,10 +1,10 @@
 """The session of an engine for a server that knows optimization levels alone.
 
-An engine is built, compared and timed without some optimizers of ONNX Runtime (`engines.ort.backend.SLOW_FUSIONS`), and
+An engine is built, compared and timed without some optimizers of ONNX Runtime (`engines.ort.backend.LEFT_OUT`), and
 its passport names them. Triton's onnxruntime backend cannot leave single ones out: its configuration has a level. With
 all optimizers it runs another session than the proven one, slower and with other last bits. The basic level has none of
-those that are left out, and the graph of an engine holds its integer products and its attention already, so little is
-missing. Which level gives the same answers is tried, here, with the engine itself.
+the slow ones, and the graph of an engine holds its integer products and its attention already, so little is missing.
+Which level gives the same answers is tried, here, with the engine itself.
 """
 
 from __future__ import annotations

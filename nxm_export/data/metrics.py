@@ -216,6 +216,13 @@ def interval(
     return _interval(units, value, seed)
 
 
+def scored_units(
+    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> int:
+    """How many samples, or `groups` of them, a metric scores: without the queries that have nothing to rank."""
+    return _resampled(name, outputs, labels, classes, groups)[0]
+
+
 def paired_interval(
     name: str,
     outputs: np.ndarray,

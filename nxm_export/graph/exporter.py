@@ -336,8 +336,9 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
     import torch
 
     module = traced_module(path, task, family, dtype)
-    # One object twice would be traced as one input.
-    examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
+    # One object twice would be traced as one input. Not every model has a second kind of tokens.
+    ones = [int(name != "token_type_ids") for name in family.inputs]
+    examples = tuple(torch.full((2, 7), one, dtype=torch.long) for one in ones)
     with _silence(), torch.no_grad():
         try:
             module(*examples)

@@ -139,6 +139,14 @@ class TestHead:
         assert task_of(read_config(tmp_path / "out")) == "reranking"
         assert load_spec(export(path, tmp_path / "graph", task="reranking").path.parent).task == "reranking"
 
+    def test_queries_with_nothing_to_rank_are_not_counted_as_scored(self, tmp_path: Path) -> None:
+        path = tiny.write_model("bert", tmp_path / "m", head="reranking")
+        file = tmp_path / "dev.tsv"
+        rows = ["a film\tgood\t1", "a film\tbad\t0", "the plot\tgood\t1", "the scene\tdull\t0", "the scene\tcold\t0"]
+        file.write_text("\n".join(["query\tdocument\trelevance", *rows]) + "\n")
+        metrics = finetune(path, task="reranking", train=str(file), dev=str(file), out=tmp_path / "out")
+        assert metrics.dev_samples == 1
+
     def test_the_loss_is_the_binary_cross_entropy_of_the_relevance(self, tmp_path: Path) -> None:
         model = load_model(resolve(tiny.write_model("bert", tmp_path, head="reranking")), TASK).eval()
         ids, relevance = torch.randint(5, 5 + len(tiny.WORDS), (3, 6)), torch.tensor([[1.0], [0.0], [0.5]])

@@ -86,7 +86,7 @@ def write_model(
 
     `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of
     ``classification``. For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length
-    1. `options` are more fields of an ALBERT's, a DeBERTa's or a ModernBERT's configuration.
+    1. `options` are more fields of an ALBERT's, a BERT's, a DeBERTa's or a ModernBERT's configuration.
     """
     import torch
     import transformers
@@ -353,7 +353,7 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "eos_token_id": 3,
     }
     made: dict[str, Callable[[], Any]] = {
-        "bert": lambda: transformers.BertConfig(**common, **sizes),
+        "bert": lambda: transformers.BertConfig(**{**common, **sizes, **(options or {})}),
         "roberta": lambda: transformers.RobertaConfig(**like_roberta, type_vocab_size=1),
         "distilbert": lambda: transformers.DistilBertConfig(
             **common,

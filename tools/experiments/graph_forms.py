@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from engines.ort.backend import SLOW_FUSIONS, open_session, unsigned_activations
+from engines.ort.backend import LEFT_OUT, open_session, unsigned_activations
 from engines.ort.graph_rewrites import fused_attention, integer_products
 from nxm_export.graph.qdq import add_initializer
 from nxm_export.graph.reading.graph_weights import load_graph, save_graph
@@ -211,7 +211,7 @@ def write_form(graph: Path, form: str | None, runtime: str, out: Path) -> Path:
 def runner(file: Path, runtime: str) -> Callable[[Feeds], object]:
     """A function that runs the file on one thread."""
     if runtime == "ort":
-        session = open_session(file, 1, SLOW_FUSIONS)
+        session = open_session(file, 1, LEFT_OUT)
         names = [value.name for value in session.get_inputs()]
         return lambda feeds: session.run(None, {name: feeds[name] for name in names})
     import openvino

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from click.testing import CliRunner
 
@@ -17,9 +18,12 @@ from compressors.settings import Settings
 from compressors.training.compress import finetune
 from compressors.training.resume import take_ownership
 from nxm_export.cli import main
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.graph.exporter import export
+from nxm_export.hf.model_loading import load_task_model
 from nxm_export.progress import Progress, silent
-from tests.support import tiny
+from tests.support import baked, onnx_text, tiny
 
 SETTINGS = Settings(dense_steps=4, batch_size=8, precision="fp32")
 
@@ -57,6 +61,25 @@ def test_tokens_that_the_table_has_no_row_for_are_named(home: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
     shutil.copyfile(home / "train.tsv", tmp_path / "train.tsv")
     train(tmp_path, tmp_path / "out")  # one that the data does not have harms nobody
+
+
+def test_kinds_of_tokens_that_the_model_does_not_know_are_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", options={"type_vocab_size": 1})
+    tiny.write_data(tmp_path, pairs=True)
+    with pytest.raises(ArtifactError, match=r"tells 2 kinds of tokens apart, and the model \(type_vocab_size\) 1; set"):
+        train(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    file = model / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **names}))
+    train(tmp_path, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "graph")
+    feeds = baked.feeds("bert", 3, 7, padding=2)
+    network = load_task_model(tmp_path / "out", TASKS["classification"])
+    with torch.no_grad():
+        expected = network(**{name: torch.from_numpy(array) for name, array in feeds.items()}).logits
+    actual = onnx_text.run(tmp_path / "graph" / "model.onnx", feeds)["logits"]
+    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dev_data_that_no_metric_can_score_is_refused(home: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engines.base import BuildOptions
 from engines.ort import backend as ort
-from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
+from engines.ort.backend import LEFT_OUT, unsigned_activations
 from engines.ort.graph_rewrites import FusedAttention, fused_attention, integer_products
 from engines.passport import load_passport
 from nxm_export.errors import EngineError, EngineUnavailable
@@ -121,6 +121,34 @@ def test_a_product_that_is_added_to_itself_has_no_bias() -> None:
     np.testing.assert_array_equal(onnx_text.run(fused, X)["y"], onnx_text.run(plain, X)["y"])
 
 
+# A product between two pairs, by float weights or codes of a scale of 0.5; its bias is no multiple of both scales.
+BETWEEN_PAIRS = """
+g (float[batch, 2] x) => (float[batch, 3] y)
+<float s = {0.5}, uint8 z = {128}, float t = {0.0625}, int8[3, 2] w = {1, -1, 0, 1, -1, 0},
+ float[3] ws = {0.5, 0.5, 0.5}, int8[3] wz = {0, 0, 0}, float[3, 2] wf = {0.5, -0.3, 0.1, 0.7, -0.9, 0.2},
+ float[3] bias = {0.1, -0.1, 0.33}>
+{
+  q = QuantizeLinear(x, s, z)
+  a = DequantizeLinear(q, s, z)
+  m = DequantizeLinear<axis = 0>(w, ws, wz)
+  PRODUCT
+  o = QuantizeLinear(p, t, z)
+  y = DequantizeLinear(o, t, z)
+}
+"""
+GEMM = "p = Gemm<transB = 1>(a, m, bias)"
+
+
+@pytest.mark.parametrize("product", [GEMM, GEMM.replace("m, bias", "wf, bias"), GEMM.replace("m, bias", "wf")])
+def test_an_engine_rounds_no_bias_and_no_float_weight(product: str, tmp_path: Path) -> None:
+    file = onnx_text.save(BETWEEN_PAIRS.replace("PRODUCT", product), tmp_path / "m.onnx")
+    (tmp_path / "engine").mkdir()
+    passport = ort.build(file, tmp_path / "engine", BuildOptions(threads=1))
+    session = ort.open_session(tmp_path / "engine" / ort.ENGINE_FILE, 1, ort.left_out(passport))
+    feeds = {"x": np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)}
+    np.testing.assert_array_equal(session.run(None, feeds)[0], onnx_text.run(file, feeds)["y"])
+
+
 def test_int4_codes_that_are_cast_to_int8_are_multiplied_as_integers(tmp_path: Path) -> None:
     text = PRODUCT.replace("int8[2, 3] w = {1, -2, 127, 4, 5, -128}", "int8[2, 3] w_quantized = {1, -2, 7, 4, 5, -8}")
     text = text.replace("(w, ws, wz)", "(w_quantized, ws, wz)")
@@ -129,7 +157,7 @@ def test_int4_codes_that_are_cast_to_int8_are_multiplied_as_integers(tmp_path: P
     assert integer_products(fused) == 1
     assert [node.op_type for node in fused.graph] == ["QuantizeLinear", "Cast", "MatMulIntegerToFloat"]
     np.testing.assert_array_equal(onnx_text.run(fused, X)["y"], onnx_text.run(plain, X)["y"])
-    ort.open_session(onnx_text.save(fused, tmp_path / "m.onnx"), 1, SLOW_FUSIONS, optimized=tmp_path / "optimized.onnx")
+    ort.open_session(onnx_text.save(fused, tmp_path / "m.onnx"), 1, LEFT_OUT, optimized=tmp_path / "optimized.onnx")
     optimized = load_graph(tmp_path / "optimized.onnx").graph
     assert [node.op_type for node in optimized] == ["QuantizeLinear", "MatMulIntegerToFloat"]  # cast once, at the load
 
@@ -281,7 +309,7 @@ def test_the_engine_says_what_was_done_to_its_graph(tiny_engine: Callable[..., P
     assert options["integer_products"] == 12
     assert (options["fused_attention"], options["rotary_attention"], options["plain_attention"]) == (2, 0, 0)
     assert options["onnx_attention"] == 2
-    assert options["disabled_optimizers"] == list(SLOW_FUSIONS)
+    assert options["disabled_optimizers"] == list(LEFT_OUT)
     facts = ort.inspect(directory)
     operators = facts.operators
     assert operators["Attention"] == facts.fused_attention == 2

@@ -72,19 +72,21 @@ def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: in
     """The order of samples for a whole phase: shuffled per epoch, batches of similar length, as indices.
 
     Among `WINDOW` batches samples are sorted by length, then the batches are shuffled again: little padding, and still
-    random. The order depends on the data, the sizes and the seed only.
+    random. Every batch is full: of an epoch so many samples are left out as do not fill one, others in each. The order
+    depends on the data, the sizes and the seed only.
     """
     rng = random.Random(seed)
     order: list[int] = []
+    whole = len(features) - len(features) % batch_size or len(features)
     while len(order) < steps * batch_size:
-        epoch = rng.sample(range(len(features)), len(features))
+        epoch = rng.sample(range(len(features)), len(features))[:whole]  # before they are sorted: long ones count, too
         window = WINDOW * batch_size
         batches = []
         for start in range(0, len(epoch), window):
             chunk = sorted(epoch[start : start + window], key=lambda i: (len(features[i]["input_ids"]), i))
             batches += [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
         rng.shuffle(batches)
-        order += [i for batch in batches if len(batch) == batch_size or len(features) < batch_size for i in batch]
+        order += [i for batch in batches for i in batch]
     return order[: steps * batch_size]
 
 

@@ -1,6 +1,7 @@
 """Training phases: the order of the data, recipes, invariants, and a run that is killed and resumed."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -55,6 +56,17 @@ def test_schedule_visits_every_sample_once_an_epoch() -> None:
     assert len(order) == 18 * 16
     for epoch in range(3):
         assert sorted(order[epoch * 96 : (epoch + 1) * 96]) == list(range(96))
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(60, 32), (33, 32), (1000, 32), (20, 8)])
+def test_schedule_leaves_no_length_out_where_batches_do_not_come_out_even(samples: int, batch: int) -> None:
+    """Every sample as often as any other, the longest and the shortest, too: counts of 400 epochs within five standard
+    deviations."""
+    per_epoch, epochs = samples // batch, 400
+    order = schedule(features_of_lengths(list(range(1, samples + 1))), per_epoch * epochs, batch, seed=0)
+    share = per_epoch * batch / samples
+    deviation = math.sqrt(epochs * share * (1 - share))
+    assert np.bincount(order, minlength=samples) == pytest.approx(epochs * share, abs=5 * deviation)
 
 
 def test_schedule_depends_on_the_seed_and_on_nothing_else() -> None:

@@ -288,9 +288,7 @@ def weight_type(fact: MatrixFacts) -> str:
     written = fact.codes or fact.stored
     if fact.codes is None and fact.integer_weight and "INT" not in fact.stored:
         written = "INT8"  # floats that the graph quantizes, or a record that does not say
-    if written in ("INT8", "UINT8"):
-        return "int8"
-    known = {"FLOAT": "float32", "DOUBLE": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "": "float"}
+    known = {"UINT8": "int8", "FLOAT": "float32", "DOUBLE": "float32", "": "float"}
     if written.startswith("FLOAT8"):
         return "float8"
     return known.get(written, written.lower())
@@ -326,10 +324,10 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
     kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
     if kernel.exists is not False:
         return None, "", None if fact.moved_by else kernel.exists
-    if fact.output != "int8" and target.kernel_for(fact, form=fact.form, output="int8").exists:
+    if target.kernel_for(fact, form=fact.form, output="int8").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):
-        if form != fact.form and target.kernel_for(fact, form=form, output="int8").exists:
+        if target.kernel_for(fact, form=form, output="int8").exists:
             text = f"sparse kernels here exist for {form} with INT8 output, and this is {fact.form}. {kernel.source}"
             return "op-form", text, False
     return "no-kernel", f"{REASONS['no-kernel']}. {kernel.source}", False
@@ -418,8 +416,8 @@ def _with_evidence(
     weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, target: SparsityTarget
 ) -> WeightSparsity:
     """The verdict of an engine's evidence on one matrix; one function, because the order of the cases is the rule."""
-    layers = [layer for layer in evidence.layers if fact.node and fact.node in layer.onnx]
-    products = product_layers(evidence.layers, fact.node) if fact.node else []
+    layers = [layer for layer in evidence.layers if fact.node in layer.onnx]
+    products = product_layers(evidence.layers, fact.node)
     kernels = [kernel_named(layer.kernel) for layer in products]
     names = " | ".join(dict.fromkeys(layer.kernel for layer in products if layer.kernel)) or None
     weight = replace(weight, kernel=names, shared_with=_merged(fact.node, products))

@@ -432,7 +432,7 @@ def _with_evidence(
                 weight, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel for a matrix that is not 2:4 along K, or without the flag",
             )  # fmt: skip
-        if sparse and _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
+        if _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
             return replace(weight, eligible=True, chosen=False, reason="float-kernel")
         running = evidence.running
         if running is not None and not all(is_among(layer.kernel, running) for layer in products):

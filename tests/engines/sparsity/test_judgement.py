@@ -91,6 +91,7 @@ def test_a_kernels_name_says_whether_it_is_sparse_and_integer(name: str, sparse:
         "",
         "__myelin_CASK_STUB",
         "__myl_SparseGemm_0xf254",
+        "__myl_xmma_sparse_gemm_i8i8",
         "0x00000000000003e8",
         "sparse",
         "my_sparse_gemm",
@@ -118,6 +119,9 @@ def test_lists_of_several_subgraphs_are_joined() -> None:
         "Conv_619", "Relu_620", "bert.encoder.layer.10.output.dense",
     })  # fmt: skip
 
+    both = ["(Sparsity) Layers eligible for sparse math: a", "(Sparsity) Layers eligible for sparse math: b + c"]
+    assert parse_sparsity_log(both) == SparsityLog(frozenset({"a", "b", "c"}), None)
+
 
 def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
     gemm, norm = parse_layers(lines("layers-10.txt"))
@@ -126,6 +130,32 @@ def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
     assert gemm.is_product
     assert not gemm.is_integer_product
     assert not norm.is_product
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "inputs", "product", "integer"),
+    [
+        ("gemm", "", ("Int8",), True, True),
+        ("gemm", "", ("Int8", "Int8"), True, True),
+        ("gemm", "", ("Int8", "Half"), True, False),
+        ("gemm", "", (), True, False),
+        ("kgen", DENSE_GEMM, ("Int8",), True, True),
+        ("kgen", "", ("Int8",), False, False),
+    ],
+)
+def test_a_product_is_of_integers_where_all_of_its_inputs_are(
+    kind: str, kernel: str, inputs: tuple[str, ...], product: bool, integer: bool
+) -> None:
+    found = replace(layer(kernel, kind=kind), inputs=inputs)
+    assert (found.is_product, found.is_integer_product) == (product, integer)
+
+
+def test_layers_and_tensors_without_details_are_read_by_name() -> None:
+    layers = ["other [profile 1]", "a + b", {"Name": "c", "Inputs": ["x", {"Name": "y"}, {"Format/Datatype": "Int8"}]}]
+    first, second = parse_inspector({"Layers": layers})
+    assert (first.name, first.onnx, first.kernel) == ("a + b", ("a", "b"), "")
+    assert (second.name, second.inputs) == ("c", ("", "", "Int8"))
+    assert [layer.name for layer in parse_inspector({"Layers": layers}, profile=1)] == ["other", "a + b", "c"]
 
 
 def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
@@ -205,6 +235,14 @@ def test_unknown_and_contradicting_evidence_never_counts_as_sparse(
         ({}, Evidence(log=PICKED, running=frozenset({DENSE_GEMM})), A100, (True, None, "contradiction"), "no sparse"),
         ({}, Evidence([layer(SPARSE_GEMM)], running=frozenset()), A100, (True, None, "contradiction"), "did not see"),
         ({}, Evidence([layer(SPARSE_GEMM)], profiles=frozenset({0, 2, 1})), A100, (True, None, "unknown"), "profile 1"),
+        (
+            {},
+            Evidence([layer("", kind=""), layer("", "x", "reformat", ("x",))], PICKED),
+            A100,
+            (True, True, None),
+            "log",
+        ),
+        ({}, Evidence([layer(SPARSE_GEMM)]), NO_FLAG, (False, None, "contradiction"), "without the flag"),
         # what cannot run sparse does not, whatever the evidence leaves open
         (BROKEN, Evidence(), A100, (False, False, "pattern"), "7 of 147456"),
         ({}, Evidence(), NO_FLAG, (False, False, "flag-off"), ""),
@@ -391,7 +429,8 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
     assert report.counts == {"fused-away": 1, "sparse": 2}
     assert (report.products.found, report.products.read, report.products.sparse) == (3, 3, 3)
     with pytest.raises(
-        ParityError, match=r"75.0% of the planned-sparse weights provably run sparse, 76.0% required.*fused-away"
+        ParityError,
+        match=r"75.0% of the planned-sparse weights provably run sparse, 76.0% required; the others: 1 x fused-away$",
     ):
         report.require_sparse(0.76)
     with pytest.raises(ParityError, match="no matrix was planned sparse"):
@@ -429,6 +468,7 @@ def test_the_catalogue_answers_with_a_source_and_only_what_was_read() -> None:
     assert ask(**h100, form="conv1x1").exists is True
     assert ask(version="11.4.0.106").exists is None
     assert ask(version="10.14.1", compute_capability="8.9").exists is True
+    assert ask(backend="ort").exists is None
     assert ask(version="10.1").exists is None, "10.1 is not 10.14"
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9").exists is True
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9, 12.0").exists is None, "they differ"
@@ -446,3 +486,24 @@ def test_advice_says_which_matrices_are_one_fix_away() -> None:
     ]
     one_fix_away = {advice.name: advice.one_fix_away for advice in advise(facts, judge(facts, None, A100))}
     assert one_fix_away == {"ready": False, "axis": True, "nearly": True, "output": True, "two fixes": False}
+
+
+def test_advice_says_what_to_do_and_calls_nothing_ready_that_is_not() -> None:
+    def advised(changes: dict[str, Any], target: SparsityTarget = A100) -> tuple[str, bool, bool]:
+        given = [fact(**changes)]
+        (advice,) = advise(given, judge(given, None, target))
+        return advice.advice, advice.one_fix_away, advice.ready
+
+    few, many = ({"sparse_along_k": False, "broken_groups": broken} for broken in (1474, 1475))
+    assert advised(few)[0].startswith("1474 of 147456 groups keep more than two: zero the smallest")
+    assert advised(few)[1:] == (True, False)
+    assert advised(few | {"integer_input": False})[1:] == (False, False)
+    assert advised(many)[0].startswith("prune it 2:4 along K and fine-tune: 1475 of")
+    assert advised(many)[1:] == (False, False)
+    assert advised({})[0].startswith("nothing stands in the way")
+    assert advised({})[1:] == (False, True)
+    assert advised({}, UNKNOWN)[0].startswith("nobody has looked")
+    for target in (A100, UNKNOWN):
+        assert advised(HALF, target)[0].startswith("2:4 along K, in float")
+        assert advised(HALF, target)[1:] == (False, False)
+    assert advised({"codes": "INT4"})[0].startswith("quantize it to INT8")

@@ -158,6 +158,11 @@ class WeightSparsity:
         """True when nothing in the file stands in the way of a sparse INT8 kernel that is known to exist."""
         return self.reason == "no-engine" and self.eligible is True and self.type in _QUANTIZED
 
+    @property
+    def outcome(self) -> str:
+        """``sparse`` where that is proven, otherwise the reason: no reason alone proves nothing."""
+        return "sparse" if self.chosen is True else self.reason or "unknown"
+
 
 @dataclass(frozen=True)
 class SparsityReport:
@@ -191,8 +196,7 @@ class SparsityReport:
         """Matrices by outcome: ``sparse`` or the reason."""
         counts: dict[str, int] = {}
         for weight in self.weights:
-            outcome = "sparse" if weight.chosen is True else weight.reason or "unknown"
-            counts[outcome] = counts.get(outcome, 0) + 1
+            counts[weight.outcome] = counts.get(weight.outcome, 0) + 1
         return counts
 
     def require_sparse(self, share: float) -> None:

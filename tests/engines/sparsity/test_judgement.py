@@ -347,6 +347,14 @@ def test_the_type_is_that_which_is_multiplied(changes: dict[str, Any], kind: str
     assert weight_type(fact(**changes)) == kind
 
 
+def test_a_matrix_without_a_reason_is_sparse_where_that_is_proven_and_nowhere_else() -> None:
+    weight = judged(fact(), Evidence([layer(SPARSE_GEMM)]))
+    assert (weight.chosen, weight.reason, weight.outcome) == (True, None, "sparse")
+    for chosen in (None, False):
+        assert replace(weight, chosen=chosen).outcome == "unknown"
+        assert replace(weight, chosen=chosen, reason="size").outcome == "size"
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"stack": 2}, {"operand": "input 0"}, {"form": "conv", "groups_of_channels": 2}, {"moved_by": ("Split",)}],

@@ -472,7 +472,7 @@ def _with_evidence(
             return replace(weight, eligible=eligible, chosen=False)
         if min(fact.k, fact.n) < SMALL:
             return replace(weight, eligible=eligible, chosen=False, reason="size")
-        if listed or eligible:
+        if eligible:
             return replace(weight, eligible=True, chosen=False, reason="dense-faster")
         detail = "the builder saw 2:4 weights (HasSparseWeights), and a dense kernel runs" if seen else ""
         return replace(weight, eligible=eligible, chosen=False, reason="dense-chosen", detail=detail)

@@ -19,7 +19,7 @@ from engines.sparsity.build_evidence import (
 )
 from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge, weight_type
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from nxm_export.contract.records.matrix_facts import MatrixFacts
+from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects
 
@@ -435,7 +435,9 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
     assert report.sparse_share == 2304 / (2304 + 768)
     report.require_sparse(0.75)
     assert report.counts == {"fused-away": 1, "sparse": 2}
-    assert (report.products.found, report.products.read, report.products.sparse) == (3, 3, 3)
+    assert report.products == ProductCounts(3, 3, 3)
+    hidden = UnreadProduct("h", "head", "Einsum", "input 1", "its equation")
+    assert replace(report, unread=(hidden,)).products == ProductCounts(4, 3, 3)
     with pytest.raises(
         ParityError,
         match=r"75.0% of the planned-sparse weights provably run sparse, 76.0% required; the others: 1 x fused-away$",

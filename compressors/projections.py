@@ -137,7 +137,9 @@ def _mask_only(weight: Tensor, spec: WeightSpec, importance: Tensor | None = Non
 def _joint(weight: Tensor, spec: WeightSpec, importance: Tensor | None = None) -> Tensor:
     if spec.pattern and spec.weight_bits:
         return project_joint(weight, spec.pattern, spec.weight_bits, importance, **_DUAL_SEARCH)
-    return project_grid(weight, spec.weight_bits, **_DUAL_SEARCH) if spec.weight_bits else _mask_only(weight, spec)
+    if spec.weight_bits:
+        return project_grid(weight, spec.weight_bits, **_DUAL_SEARCH)
+    return _mask_only(weight, spec, importance)
 
 
 # (weight, spec, importance or None) -> weight. What the ADMM constraint set is: the pattern alone (quantization by

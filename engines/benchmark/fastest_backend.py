@@ -172,13 +172,14 @@ def judge(report: BenchReport, shapes: Sequence[tuple[int, int]], left_out: Mapp
         mean = _geometric([ratio.speedup for ratio in own])
         ends = tuple(_geometric([ratio.interval[end] for ratio in own]) for end in (0, 1))
         candidates.append(Candidate(name, tuple(by_shape[shape] for shape in shapes), mean, (ends[0], ends[1])))
-    best = max(candidates, key=lambda candidate: candidate.speedup)
-    chosen = best if best.interval[0] > 1.0 else candidates[0]
-    why = _why(candidates, best, chosen, left_out)
+    # One that may be faster still, but is not proven to be, takes nothing from the fastest that is.
+    faster = [candidate for candidate in candidates if candidate.interval[0] > 1.0]
+    chosen = max(faster, key=lambda candidate: candidate.speedup, default=candidates[0])
+    why = _why(candidates, chosen, left_out)
     return Choice(chosen.backend, why, tuple(shapes), tuple(candidates), dict(left_out))
 
 
-def _why(candidates: Sequence[Candidate], best: Candidate, chosen: Candidate, left_out: Mapping[str, str]) -> str:
+def _why(candidates: Sequence[Candidate], chosen: Candidate, left_out: Mapping[str, str]) -> str:
     if len(candidates) == 1:
         others = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         return (
@@ -186,10 +187,10 @@ def _why(candidates: Sequence[Candidate], best: Candidate, chosen: Candidate, le
             if others
             else f"{chosen.backend} is the only candidate"
         )
-    low, high = best.interval
-    if chosen is best and best is not candidates[0]:
+    low, high = chosen.interval
+    if chosen is not candidates[0]:
         return (
-            f"{best.backend} is {best.speedup:.2f}x as fast as {candidates[0].backend} over these shapes "
+            f"{chosen.backend} is {chosen.speedup:.2f}x as fast as {candidates[0].backend} over these shapes "
             f"({low:.2f} to {high:.2f})"
         )
     runner_up = max(candidates[1:], key=lambda candidate: candidate.speedup)

@@ -158,6 +158,11 @@ class WeightSparsity:
         """True when nothing in the file stands in the way of a sparse INT8 kernel that is known to exist."""
         return self.reason == "no-engine" and self.eligible is True and self.type in _QUANTIZED
 
+    @property
+    def outcome(self) -> str:
+        """``sparse`` where that is proven, otherwise the reason: no reason alone proves nothing."""
+        return "sparse" if self.chosen is True else self.reason or "unknown"
+
 
 @dataclass(frozen=True)
 class SparsityReport:
@@ -191,8 +196,7 @@ class SparsityReport:
         """Matrices by outcome: ``sparse`` or the reason."""
         counts: dict[str, int] = {}
         for weight in self.weights:
-            outcome = "sparse" if weight.chosen is True else weight.reason or "unknown"
-            counts[outcome] = counts.get(outcome, 0) + 1
+            counts[weight.outcome] = counts.get(weight.outcome, 0) + 1
         return counts
 
     def require_sparse(self, share: float) -> None:
@@ -288,9 +292,7 @@ def weight_type(fact: MatrixFacts) -> str:
     written = fact.codes or fact.stored
     if fact.codes is None and fact.integer_weight and "INT" not in fact.stored:
         written = "INT8"  # floats that the graph quantizes, or a record that does not say
-    if written in ("INT8", "UINT8"):
-        return "int8"
-    known = {"FLOAT": "float32", "DOUBLE": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "": "float"}
+    known = {"UINT8": "int8", "FLOAT": "float32", "DOUBLE": "float32", "": "float"}
     if written.startswith("FLOAT8"):
         return "float8"
     return known.get(written, written.lower())
@@ -326,10 +328,10 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
     kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
     if kernel.exists is not False:
         return None, "", None if fact.moved_by else kernel.exists
-    if fact.output != "int8" and target.kernel_for(fact, form=fact.form, output="int8").exists:
+    if target.kernel_for(fact, form=fact.form, output="int8").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):
-        if form != fact.form and target.kernel_for(fact, form=form, output="int8").exists:
+        if target.kernel_for(fact, form=form, output="int8").exists:
             text = f"sparse kernels here exist for {form} with INT8 output, and this is {fact.form}. {kernel.source}"
             return "op-form", text, False
     return "no-kernel", f"{REASONS['no-kernel']}. {kernel.source}", False
@@ -418,8 +420,8 @@ def _with_evidence(
     weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, target: SparsityTarget
 ) -> WeightSparsity:
     """The verdict of an engine's evidence on one matrix; one function, because the order of the cases is the rule."""
-    layers = [layer for layer in evidence.layers if fact.node and fact.node in layer.onnx]
-    products = product_layers(evidence.layers, fact.node) if fact.node else []
+    layers = [layer for layer in evidence.layers if fact.node in layer.onnx]
+    products = product_layers(evidence.layers, fact.node)
     kernels = [kernel_named(layer.kernel) for layer in products]
     names = " | ".join(dict.fromkeys(layer.kernel for layer in products if layer.kernel)) or None
     weight = replace(weight, kernel=names, shared_with=_merged(fact.node, products))
@@ -434,7 +436,7 @@ def _with_evidence(
                 weight, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel for a matrix that is not 2:4 along K, or without the flag",
             )  # fmt: skip
-        if sparse and _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
+        if _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
             return replace(weight, eligible=True, chosen=False, reason="float-kernel")
         running = evidence.running
         if running is not None and not all(is_among(layer.kernel, running) for layer in products):
@@ -470,7 +472,7 @@ def _with_evidence(
             return replace(weight, eligible=eligible, chosen=False)
         if min(fact.k, fact.n) < SMALL:
             return replace(weight, eligible=eligible, chosen=False, reason="size")
-        if listed or eligible:
+        if eligible:
             return replace(weight, eligible=True, chosen=False, reason="dense-faster")
         detail = "the builder saw 2:4 weights (HasSparseWeights), and a dense kernel runs" if seen else ""
         return replace(weight, eligible=eligible, chosen=False, reason="dense-chosen", detail=detail)

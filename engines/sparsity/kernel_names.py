@@ -29,24 +29,22 @@ _INTEGER = re.compile(
 )
 # A kernel's whole name as a profiler prints it: a library adds such as _execute_segment_k_off_kernel_trt.
 _RAN = r"(?<!\w){}(?:(?:_execute(?:_\w+?)?)?_kernel\w*)?(?!\w)"
-_STUBS = ("__myelin_CASK_STUB",)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel's name says. Each of `product`, `sparse` and `integer` is False when the name does not say it."""
+    """What the name of a product's kernel says. `sparse` and `integer` are False when the name does not say it."""
 
     name: str
-    product: bool
     sparse: bool
     integer: bool
 
 
 def kernel_named(name: str | None) -> Kernel | None:
-    """The kernel of this name; None for no name, a stand-in, or a name whose rules we do not know."""
-    if not name or name in _STUBS or name.startswith("__myl") or not _KERNEL.match(name) or not _PRODUCT.search(name):
+    """The kernel of this name; None for no name, one of another kind, or a name whose rules we do not know."""
+    if not name or name.startswith("__myl") or not _KERNEL.match(name) or not _PRODUCT.search(name):
         return None
-    return Kernel(name, True, bool(_SPARSE.search(name)), bool(_INTEGER.search(name)))
+    return Kernel(name, bool(_SPARSE.search(name)), bool(_INTEGER.search(name)))
 
 
 def is_among(kernel: str, running: Iterable[str]) -> bool:

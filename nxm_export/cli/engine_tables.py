@@ -135,7 +135,7 @@ def _print_engines(engines: Mapping[str, EngineInspection]) -> None:
 
 def _proven(report: SparsityReport) -> str:
     share = report.sparse_share
-    why = counted([weight.reason or "sparse" for weight in report.weights])
+    why = counted([weight.outcome for weight in report.weights])
     return f"nothing was planned sparse ({why})" if share is None else f"{share:.1%} proven to run sparse ({why})"
 
 

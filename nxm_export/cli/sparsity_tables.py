@@ -65,7 +65,7 @@ def print_diagnosis(diagnosis: FileDiagnosis, everything: bool = False) -> None:
 def _readiness(diagnosis: FileDiagnosis) -> str:
     """The verdict of `nxm doctor` on a file, in a sentence without its stop."""
     weights, advice = diagnosis.sparsity.weights, diagnosis.advice
-    why = counted([weight.reason or "sparse" for weight in weights]) or "no products with weights"
+    why = counted([weight.outcome for weight in weights]) or "no products with weights"
     ready, near = sum(weight.ready for weight in weights), sum(entry.one_fix_away for entry in advice)
     away = f"; {near} are one fix away" if near else ""
     if diagnosis.problems:
@@ -80,7 +80,7 @@ def print_sparsity(report: SparsityReport, everything: bool = False) -> None:
     """What `nxm inspect` reports about the matrices of an engine."""
     share = report.sparse_share
     proven = "nothing was planned sparse" if share is None else f"{share:.1%} of the planned-sparse weights"
-    why = counted([weight.reason or "sparse" for weight in report.weights])
+    why = counted([weight.outcome for weight in report.weights])
     _echo(f"proven to run sparse: {proven} ({why})", everything)
     click.echo()
     if everything:
@@ -103,7 +103,7 @@ def _short_row(weight: WeightSparsity) -> Row:
         f"{weight.k}x{weight.n}",
         weight.planned or "-",
         _pattern(weight),
-        f"it is: {shortened(weight.kernel or 'sparse', 22)}" if weight.chosen is True else weight.reason or "unknown",
+        f"it is: {shortened(weight.kernel or 'sparse', 22)}" if weight.chosen is True else weight.outcome,
     )
 
 

@@ -278,7 +278,7 @@ def _sparse(run: Run) -> Verdict:
     ]
     if any(engine.passport and engine.passport.content.backend == "ort" for engine in run.engines):
         rows.append(VerdictRow("runs on sparse kernels, ONNX Runtime", ("none: it has no such kernels",)))
-    if checked and len(stored) < len(checked):
+    if len(stored) < len(checked):
         return Verdict(
             "sparse", title, BAD, "pattern broken", tuple(rows), "A stored matrix breaks the pattern of its plan."
         )

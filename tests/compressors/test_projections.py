@@ -141,7 +141,8 @@ def test_importance_weighs_the_choice_and_changes_no_kept_weight() -> None:
     w, importance = randn(6, 16), torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.1
     nonzero_mask = nm_mask(w.abs() * importance, NMPattern(2, 4))
     assert (nonzero_mask != nm_mask(w.abs(), NMPattern(2, 4))).any()
-    assert torch.equal(PROJECTIONS["mask"](w, WeightSpec(NMPattern(2, 4)), importance), w * nonzero_mask)
+    for project in PROJECTIONS.values():
+        assert torch.equal(project(w, WeightSpec(NMPattern(2, 4)), importance), w * nonzero_mask)
     joint = PROJECTIONS["joint"](w, WeightSpec(NMPattern(2, 4), 4, 8), importance)
     assert ((joint != 0) <= nonzero_mask).all()
     best = (w * nonzero_mask - project_grid(w * nonzero_mask, 4)).square().sum()

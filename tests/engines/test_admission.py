@@ -12,18 +12,27 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engines.admission import admitted, gate_state
-from engines.parity.reports import PARITY_FILE, SCHEMA, read_parity_report
-from engines.passport import covered_spec, covered_tokenizer, cpu_device, load_passport, running_on
+from engines.admission import admitted, gate_state, require_expected, require_gate
+from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport, read_parity_report
+from engines.passport import (
+    EnginePassport,
+    covered_spec,
+    covered_tokenizer,
+    cpu_device,
+    load_passport,
+    running_on,
+)
 from engines.predictor import Predictor
 from engines.serving.model import open_model
 from engines.serving.repository import EngineSource
 from engines.serving.settings import ModelOptions, TritonOptions
 from engines.triton import export_repository
 from nxm_export.cli import main
+from nxm_export.contract.choices import GATES
 from nxm_export.errors import ArtifactError, NxmError, ParityError, ServeError
 from nxm_export.storage.json_files import encode
 from tests.support import exact_engine
+from tests.support.made_runs import parity
 from tests.support.records import PASSPORT
 
 Answering = Callable[[Path, str, frozenset[str]], object]
@@ -158,6 +167,59 @@ def test_the_commands_say_where_a_passport_covers_the_engine_alone(copy: Path, c
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert f"note: {copy}: its passport covers the engine alone, so nothing says that spec.json" in result.stderr
+
+
+WHOLE = replace(PASSPORT, companions={"spec.json": "2" * 64})
+REPORT = replace(parity().content, contents_sha256=WHOLE.contents_sha256)
+
+
+@pytest.mark.parametrize(
+    ("report", "state"),
+    [
+        (None, "unchecked"),
+        ("{", "failed"),
+        (REPORT, "passed"),
+        (replace(parity(passed=False).content, contents_sha256=WHOLE.contents_sha256), "failed"),
+        (replace(REPORT, engine_sha256="3" * 64), "unchecked"),
+        (replace(parity(passed=False).content, engine_sha256="3" * 64), "unchecked"),
+        (replace(REPORT, contents_sha256="3" * 64), "unchecked"),
+        (replace(REPORT, contents_sha256=None), "unchecked"),
+    ],
+)
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_admits_what_it_says_and_nothing_else(
+    report: ParityReport | str | None, state: str, gate: str, tmp_path: Path
+) -> None:
+    if report is not None:
+        (tmp_path / PARITY_FILE).write_text(report if isinstance(report, str) else encode(report, SCHEMA))
+    assert gate_state(tmp_path, WHOLE) == state
+    if {"off": True, "not-failed": state != "failed", "passed": state == "passed"}[gate]:
+        require_gate(tmp_path, WHOLE, gate)
+        return
+    what = {"failed": "failed", "unchecked": "was never checked for these files"}[state]
+    with pytest.raises(ParityError, match=rf"parity with its checkpoint {what} \(parity.json\)"):
+        require_gate(tmp_path, WHOLE, gate)
+
+
+@pytest.mark.parametrize(
+    ("passport", "expected", "admits"),
+    [
+        (PASSPORT, set(), True),
+        (WHOLE, set(), True),
+        (WHOLE, {WHOLE.engine_sha256}, True),
+        (WHOLE, {WHOLE.contents_sha256, "3" * 64}, True),
+        (WHOLE, {"3" * 64}, False),
+        (PASSPORT, {PASSPORT.engine_sha256}, False),  # which says nothing of labels and tokenizer
+    ],
+)
+def test_an_expected_hash_is_that_of_the_engine_or_of_all_contents(
+    passport: EnginePassport, expected: set[str], admits: bool
+) -> None:
+    if admits:
+        require_expected(Path("e"), passport, expected)
+        return
+    with pytest.raises(ServeError, match=r"neither is among those expected|covers the engine alone"):
+        require_expected(Path("e"), passport, expected)
 
 
 def test_an_unknown_gate_is_refused(engine: Path) -> None:

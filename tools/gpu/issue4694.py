@@ -52,7 +52,7 @@ def forms(report: SparsityReport, layers: Sequence[LayerInfo]) -> Counter[Form]:
         layer = next(iter(product_layers(layers, weight.node)), None)
         inputs, output = ("?", "?") if layer is None else (_types(layer.inputs), _types(layer.outputs))
         kernel = weight.kernel or (layer.kernel if layer is not None else "") or "?"
-        counted[Form(inputs, output, kernel, weight.reason or "sparse")] += 1
+        counted[Form(inputs, output, kernel, weight.outcome)] += 1
     return counted
 
 

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from engines.base import BuildOptions, Engine, backend, cpu_backends
-from engines.benchmark.latency import BenchReport, bench
+from engines.benchmark.fastest_backend import judge
+from engines.benchmark.latency import BenchReport, Ratio, Timing, bench
 from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
 from nxm_export.cli import main
@@ -84,6 +85,33 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     assert {path.name for path in out.iterdir()} == {
         *("model.onnx", "passport.json", "spec.json", "tokenizer.json", "origin.json")
     }
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "kept", "why"),
+    [
+        ((1.5, 0.9, 2.5), (1.3, 1.2, 1.4), "third", "third is 1.30x as fast as first over these shapes (1.20 to 1.40)"),
+        ((1.5, 1.4, 1.6), (1.3, 1.2, 1.4), "second", "second is 1.50x as fast as first"),
+        ((1.5, 1.0, 2.5), (1.2, 0.9, 1.4), "first", "a tie: second is 1.50x as fast as first (1.00 to 2.50)"),
+        ((0.5, 0.4, 0.6), (0.8, 0.7, 0.9), "first", "third is slower: 0.80x as fast as first (0.70 to 0.90)"),
+        ((0.5, 0.4, 0.6), (0.8, 0.7, 1.0), "first", "a tie: third is 0.80x as fast as first (0.70 to 1.00)"),
+    ],
+)
+def test_of_those_that_are_proven_faster_the_fastest_is_kept(
+    second: tuple[float, float, float], third: tuple[float, float, float], kept: str, why: str
+) -> None:
+    timings = tuple(Timing(name, 1, 8, 2.0, (1.9, 2.1), 30) for name in ("first", "second", "third"))
+    ratios = tuple(
+        Ratio(name, "first", 1, 8, speedup, (low, high))
+        for name, (speedup, low, high) in (("second", second), ("third", third))
+    )
+    choice = judge(BenchReport(timings, ratios), [(1, 8)], {"fourth": "no GPU"})
+    assert choice.backend == kept
+    assert choice.why.startswith(why)
+    assert [one.backend for one in choice.candidates] == ["first", "second", "third"]
+    assert [one.speedup for one in choice.candidates] == pytest.approx([1.0, second[0], third[0]])
+    alone = judge(BenchReport(timings[:1], ()), [(1, 8)], {"fourth": "no GPU"})
+    assert (alone.backend, alone.why) == ("first", "first is the only candidate (fourth: no GPU)")
 
 
 def test_an_engine_whose_outputs_are_no_numbers_at_one_shape_is_no_candidate(

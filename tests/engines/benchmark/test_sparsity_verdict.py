@@ -1,13 +1,16 @@
 """The verdict on 2:4: what the intervals allow, and no more."""
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
 
 from engines.base import Binding, Engine
-from engines.benchmark.latency import BenchReport, Ratio, bench, sparse_verdict
+from engines.benchmark.latency import WARMUP, BenchReport, Ratio, bench, interleaved, sparse_verdict
 from nxm_export.cli.first_lines import of_bench
 from nxm_export.errors import EngineError
 
@@ -49,6 +52,9 @@ def verdict(speedups: Speedups, share: float | None = 0.5) -> str:
         ),
         ([(1, 128, 1.05, 0.05)], "do not use 2:4 here"),
         ([(4, 128, 1.2, 0.1), (1, 512, 0.9, 0.1)], "do not use 2:4 here"),
+        ([(1, 512, 1.2, 0.1), (4, 64, 1.3, 0.1)], ">= 256 on A100, the smallest shape measured; best 1.30x"),
+        ([(1, 512, 1.2, 0.1), (4, 64, 1.3, 0.1), (1, 128, 0.9, 0.05)], ">= 256 on A100; best 1.30x"),
+        ([(1, 128, 1.25, 0.25), (8, 128, 1.2, 0.1)], ">= 1024 on A100; best 1.25x (1.00 to 1.50)"),
     ],
 )
 def test_it_pays_from_where_every_larger_shape_wins(speedups: Speedups, text: str) -> None:
@@ -84,3 +90,63 @@ def test_nothing_is_ascribed_to_kernels_that_do_not_run() -> None:
     assert "no sparse kernel is proven to run on A100" in verdict([(1, 128, 1.5, 0.1)], share=0.0)
     assert "nothing was planned sparse" in verdict([(1, 128, 1.5, 0.1)], share=None)
     assert "no verdict" in verdict([])
+
+
+def test_the_twins_are_held_against_each_other_alone() -> None:
+    against = {"int8-dense": 0.9, "fp16": 2.0}
+    ratios = [Ratio("int8-sparse", name, 1, 128, speedup, (speedup, speedup)) for name, speedup in against.items()]
+    ratios.append(Ratio("another", "int8-dense", 1, 128, 3.0, (3.0, 3.0)))
+    for order in (ratios, ratios[::-1]):
+        report = BenchReport((), tuple(order))
+        assert sparse_verdict(report, "int8-sparse", "int8-dense", 1.0, "A100").startswith("do not use 2:4 here")
+
+
+class Told(Steady):
+    """An engine that takes longer from run to run, in whole milliseconds."""
+
+    def timer(self, _: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        runs = itertools.count(1 - WARMUP)
+        return lambda: max(self._told, self._told * next(runs))
+
+
+def test_a_timing_has_the_percentiles_of_its_rounds_and_a_ratio_pairs_them() -> None:
+    engines = {"slow": cast(Engine, Told(2.0)), "fast": cast(Engine, Told(1.0))}
+    report = bench(engines, [(4, 8), (2, 8)], rounds=101)
+    assert [(timing.name, timing.batch, timing.sequence) for timing in report.timings] == [
+        ("slow", 4, 8), ("fast", 4, 8), ("slow", 2, 8), ("fast", 2, 8),
+    ]  # fmt: skip
+    fast = report.timings[1]
+    assert (fast.quartiles[0], fast.median, fast.quartiles[1], fast.p95, fast.p99) == (26, 51, 76, 96, 100)
+    assert (fast.rounds, fast.clock) == (101, "told")
+    assert fast.samples_per_second == 4 / 0.051
+    assert {(ratio.name, ratio.reference, ratio.speedup, ratio.interval) for ratio in report.ratios} == {
+        ("fast", "slow", 2.0, (2.0, 2.0))
+    }
+
+
+def test_nothing_is_timed_without_engines_shapes_rounds_or_one_clock() -> None:
+    engines, other = {"a": cast(Engine, Steady(1.0))}, cast(Engine, Steady(1.0))
+    for given, shapes, rounds in (({}, [(1, 8)], 6), (engines, [], 6), (engines, [(1, 8)], 0)):
+        with pytest.raises(EngineError, match="at least one engine, one shape and one round"):
+            bench(given, shapes, rounds=rounds)
+    other.clock = "another"
+    with pytest.raises(EngineError, match="different clocks"):
+        bench({**engines, "b": other}, [(1, 8)], rounds=6)
+
+
+@pytest.mark.parametrize(("engines", "settle", "untimed"), [(2, True, 2), (2, False, 0), (1, True, 0)])
+def test_engines_side_by_side_run_untimed_until_the_others_are_still(
+    engines: int, settle: bool, untimed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by half of the wait at every look: one run at once, and one more before it is over."""
+    now = itertools.count(step=0.5)
+    monkeypatch.setattr("engines.benchmark.latency.SETTLE_S", 1.0)
+    monkeypatch.setattr("engines.benchmark.latency.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    runs = dict.fromkeys("ab"[:engines], 0)
+
+    def timer(name: str) -> float:
+        runs[name] += 1
+        return float(runs[name])
+
+    taken = interleaved({name: functools.partial(timer, name) for name in runs}, 2, settle=settle)
+    assert list(taken.values()) == [[WARMUP + untimed + 1, WARMUP + 2 * untimed + 2]] * engines

@@ -110,6 +110,7 @@ def test_rows_go_as_far_as_the_profiles() -> None:
     assert rows_of([Profile((1, 1), (8, 128), (32, 512))]) == (32, 128, 512, 2048, 8192, 16384)
     assert rows_of([Profile((1, 1), (1, 8), (3, 11))]) == (32, 48)
     assert rows_of([Profile((1, 1), (1, 8), (1, 8))]) == (32,)
+    assert rows_of([Profile((1, 1), (1, 8), (4, 32))]) == (32, 128), "each number once"
 
 
 @pytest.mark.parametrize("rows", [1, 17, 40, 64, 65, 130])
@@ -146,3 +147,42 @@ def test_nan_is_wrong() -> None:
     assert deviation(right * float("nan"), right, "float32") is not None
     assert deviation(right.half(), right, "float32") == ("gives torch.float16 (4, 4) in place of torch.float32 (4, 4)")
     assert deviation(right + 1e-7, right, "float32") is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "wrong"),
+    [(1, 0.02, False), (-1, 0.02, False), (1, 0.021, True), (2, 0.001, True), (0, 1.0, False)],
+)
+def test_int8_results_may_be_one_step_off_in_two_percent(steps: int, share: float, wrong: bool) -> None:
+    import torch
+
+    right, off = torch.zeros(10, 100, dtype=torch.int8), round(1000 * share)
+    result = right.clone()
+    result.view(-1)[:off] = steps
+    told = deviation(result, right, "int8")
+    assert told == (
+        f"differs from exact integers by up to {abs(steps)} steps, in {share:.1%} of all" if wrong else None
+    )
+
+
+@pytest.mark.parametrize(("output", "most"), [("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 1e-2)])
+def test_float_results_may_be_off_by_a_share_of_their_norm(output: str, most: float) -> None:
+    import torch
+
+    right = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)  # of norm 5
+    for factor, wrong in ((0.99, False), (1.01, True)):
+        for sign in (1, -1):
+            result = right.clone()
+            result[0, 1] = sign * 5 * most * factor
+            assert (deviation(result, right, output) is not None) is wrong
+    nothing = torch.zeros(2, 2, dtype=torch.float64)
+    assert deviation(nothing, nothing, output) is None
+    assert deviation(torch.eye(2, dtype=torch.float64), nothing, output) is not None
+
+
+def test_a_result_of_another_shape_or_type_is_wrong() -> None:
+    import torch
+
+    right = torch.zeros(4, 4, dtype=torch.int8)
+    assert deviation(right[:, :2], right, "int8") == "gives torch.int8 (4, 2) in place of torch.int8 (4, 4)"
+    assert deviation(right.int(), right, "int8") == "gives torch.int32 (4, 4) in place of torch.int8 (4, 4)"

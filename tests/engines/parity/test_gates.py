@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,31 @@ def test_a_gate_on_what_is_not_finite_has_no_number_and_says_so() -> None:
     assert (result.actual, result.passed) == (None, False)
     assert "not a number" in result.reason
     assert "at most 0.1" in result.reason
+
+
+@pytest.mark.parametrize("text", ["drop<=0", "drop<=200", "max_abs<=101", "cosine>=0", "cosine>=1", "flips<=100%"])
+def test_a_limit_at_the_end_of_its_range_is_a_gate_that_holds_up_to_it(text: str) -> None:
+    gate = parse_gate(text)
+    assert parse_gate(str(gate)) == gate
+    worse = -1e-6 if gate.quantity == "cosine" else 1e-6  # a rounding error is 1e-9, or that of the limit
+    assert check_gate(gate, {gate.quantity: gate.limit}).passed
+    assert check_gate(gate, {gate.quantity: gate.limit + worse * 1e-4}).passed
+    assert not check_gate(gate, {gate.quantity: gate.limit + worse}).passed
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        ("flips<=0.5", "in percent: flips<=0.5%"),
+        ("drop<=1%", "points: drop<=0.5"),
+        ("embedding_table<=1%", "points: embedding_table<=0.5"),
+        ("cosine>=99%", "a number: cosine>=0.99"),
+        ("max_abs<=1%", "itself: max_abs<=0.1"),
+    ],
+)
+def test_a_limit_in_another_unit_is_refused_with_the_right_one(text: str, unit: str) -> None:
+    with pytest.raises(EngineError, match=re.escape(unit)):
+        parse_gate(text)
 
 
 def test_a_gate_on_the_cosine_says_at_least() -> None:

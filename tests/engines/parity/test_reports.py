@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,15 @@ from engines.parity.bisect_reports import SCHEMA as BISECT_SCHEMA
 from engines.parity.decisions import Pair, Reading
 from engines.parity.gates import check_gate, parse_gate
 from engines.parity.probes import ProbeResult, finite_probe
-from engines.parity.reports import PARITY_FILE, SCHEMA, Comparison, ParityReport, Skipped, read_parity_report
+from engines.parity.reports import (
+    PARITY_FILE,
+    SCHEMA,
+    Comparison,
+    ParityReport,
+    Skipped,
+    read_parity_report,
+    verdict,
+)
 from engines.parity.tolerance import Expectation, OutputParity, compare_output
 from nxm_export.errors import ArtifactError, ParityError
 from nxm_export.storage.json_files import as_objects, encode
@@ -68,6 +77,42 @@ def test_where_nothing_was_compared_nothing_passed() -> None:
         replace(BISECTED, blocks=(), first_diverging=None, passed=True)
     with pytest.raises(ParityError, match="no block of it was compared"):
         replace(BISECTED, blocks=(), first_diverging=None, passed=False).require()
+
+
+WRONG = np.full_like(EXPECTED, 9.0)
+GATES = [check_gate(parse_gate("drop<=0.5"), {"drop": drop}) for drop in (0.0, 1.0)]
+
+
+def test_one_failure_anywhere_fails_the_whole() -> None:
+    """All ways to put two outputs, two probes and two gates together, against what each says by itself."""
+    outputs = (output(EXPECTED), output(WRONG))
+    probes = [ProbeResult("p", None, None, passed, "why") for passed in (True, None, False)]
+    for some in itertools.product(outputs, outputs, probes, probes, GATES, GATES):
+        expected = all(part.passed is not False for part in some)
+        assert verdict(some[:2], some[2:4], some[4:]) is expected
+        report = replace(report_of(EXPECTED), passed=expected, outputs=some[:2], probes=some[2:4], gates=some[4:])
+        if expected:
+            report.require()
+        else:
+            with pytest.raises(
+                ParityError, match=r"engines/e: (logits differs|the probe 'p' failed|the gate .* failed)"
+            ):
+                report.require()
+
+
+def test_every_engine_of_a_comparison_must_pass() -> None:
+    good, bad = report_of(EXPECTED), report_of(WRONG)
+    for reports in itertools.product((good, bad), repeat=2):
+        comparison = Comparison(reports, (), ("drop<=0.5",))
+        assert comparison.passed is (bad not in reports)
+        if not comparison.passed:
+            with pytest.raises(ParityError, match="logits differs from the checkpoint"):
+                comparison.require()
+    absent = Skipped("engines/trt", "2" * 64, "trt", "no GPU")
+    assert absent.to_dict() == {
+        "schema": SCHEMA, "passed": None, "engine": "engines/trt", "engine_sha256": "2" * 64, "backend": "trt",
+        "skipped": "no GPU",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,10 @@ def dense_twin(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Path
         ({"onnx_sha256": "1" * 64}, "its graph is 1111"),
         ({"requires": {"gpu": "L4"}}, "its machine is {'gpu': 'L4'}, and not {}"),
         ({"profiles": (Profile((1, 1), (1, 8), (1, 8)),)}, "its profiles is"),
-        ({"options": {"sparse": False, "level": 5}}, "it was built with level 5, and not None"),
+        *(
+            ({"options": {"sparse": False, key: value}}, f"it was built with {key} {value}, and not None")
+            for key, value in {"level": 5, "workspace_bytes": 9, "build_route": "other", "fuse": True}.items()
+        ),
     ],
 )
 def test_another_engine_than_the_dense_twin_gives_no_time_saved(
@@ -139,6 +142,48 @@ def test_times_of_two_shapes_give_no_time_saved(directory: Path, tmp_path_factor
     measured(twin, shape=(1, 8))
     with pytest.raises(EngineError, match=r"was measured at 8x128 .* at 1x8; build both with the same --profile"):
         read_sparsity_report(directory, twin)
+
+
+def test_a_twin_that_was_not_measured_gives_no_time_saved(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    twin = dense_twin(tmp_path_factory)
+    for measurement in (twin / "measured.json", directory / "measured.json"):
+        measurement.rename(measurement.with_suffix(".away"))
+        assert read_sparsity_report(directory, twin).weights[0].saved_ms is None
+        measurement.with_suffix(".away").rename(measurement)
+
+
+def test_a_twin_that_is_not_the_engine_of_its_passport_is_refused(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    twin = dense_twin(tmp_path_factory)
+    (twin / "model.engine").write_bytes(b"another engine")
+    (twin / "measured.json").unlink()
+    with pytest.raises(ArtifactError, match="is not the engine of its passport"):
+        read_sparsity_report(directory, twin)
+
+
+def test_the_layers_of_a_build_log_are_those_of_the_only_profile(directory: Path) -> None:
+    """A build without an inspector's report."""
+    (directory / "layers.json").unlink()
+    (directory / "measured.json").unlink()
+    line = f"Name: node_myl0_1, LayerType: gemm, Inputs: [], Outputs: [], TacticName: {SPARSE}, StreamId: 0, "
+    (directory / "build.log").write_text(f"[V] {line}Metadata: [ONNX Layer: node]\n")
+    tie(directory)
+    evidence = read_evidence(directory)
+    assert (evidence.profiles, evidence.layer_ms, evidence.shape, evidence.running) == (frozenset({0}), {}, None, None)
+    (weight,) = read_sparsity_report(directory).weights
+    assert (weight.chosen, weight.kernel) == (True, SPARSE)
+
+
+def test_a_profile_that_nobody_inspected_leaves_its_kernels_unknown(directory: Path) -> None:
+    small = Profile((1, 1), (1, 8), (1, 8))
+    tie(directory, profiles=(small, small))
+    assert read_evidence(directory).profiles == {0, 1}
+    (weight,) = read_sparsity_report(directory).weights
+    assert (weight.chosen, weight.reason) == (None, "unknown")
+    assert "profile 1 does not name this product" in weight.detail
 
 
 def test_a_profilers_kernels_are_taken_from_the_measurement(directory: Path) -> None:

@@ -17,9 +17,9 @@ from engines.sparsity.build_evidence import (
     parse_layers,
     parse_sparsity_log,
 )
-from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
+from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge, weight_type
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from nxm_export.contract.records.matrix_facts import MatrixFacts
+from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects
 
@@ -27,7 +27,16 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
 SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
 DENSE_GEMM = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage4_warpsize2x2x1_tensor16x8x32"
 PICKED = SparsityLog(frozenset({"node"}), frozenset({"node"}))  # by the builder's own words
+SPARSE_FP16 = "sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64"
+LISTED = SparsityLog(frozenset({"node"}))
 A100 = SparsityTarget("trt", "8.6.0", "8.0")
+NO_FLAG = replace(A100, sparse_flag=False)
+UNKNOWN = SparsityTarget("trt", "11.4.0.106", "9.0")  # of which nobody knows whether it has sparse kernels
+Verdict = tuple[bool | None, bool | None, str | None]  # eligible, chosen, reason
+FUSED: Verdict = (True, None, "fused-away")
+DENSE: Verdict = (None, False, "dense-chosen")
+BROKEN = {"sparse_along_k": False, "broken_groups": 7}
+HALF = {"codes": None, "integer_weight": False, "integer_input": False, "stored": "FLOAT16", "output": "float16"}
 H100 = SparsityTarget("trt", "8.6.0", "9.0")
 
 
@@ -82,6 +91,7 @@ def test_a_kernels_name_says_whether_it_is_sparse_and_integer(name: str, sparse:
         "",
         "__myelin_CASK_STUB",
         "__myl_SparseGemm_0xf254",
+        "__myl_xmma_sparse_gemm_i8i8",
         "0x00000000000003e8",
         "sparse",
         "my_sparse_gemm",
@@ -109,6 +119,9 @@ def test_lists_of_several_subgraphs_are_joined() -> None:
         "Conv_619", "Relu_620", "bert.encoder.layer.10.output.dense",
     })  # fmt: skip
 
+    both = ["(Sparsity) Layers eligible for sparse math: a", "(Sparsity) Layers eligible for sparse math: b + c"]
+    assert parse_sparsity_log(both) == SparsityLog(frozenset({"a", "b", "c"}), None)
+
 
 def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
     gemm, norm = parse_layers(lines("layers-10.txt"))
@@ -117,6 +130,32 @@ def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
     assert gemm.is_product
     assert not gemm.is_integer_product
     assert not norm.is_product
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "inputs", "product", "integer"),
+    [
+        ("gemm", "", ("Int8",), True, True),
+        ("gemm", "", ("Int8", "Int8"), True, True),
+        ("gemm", "", ("Int8", "Half"), True, False),
+        ("gemm", "", (), True, False),
+        ("kgen", DENSE_GEMM, ("Int8",), True, True),
+        ("kgen", "", ("Int8",), False, False),
+    ],
+)
+def test_a_product_is_of_integers_where_all_of_its_inputs_are(
+    kind: str, kernel: str, inputs: tuple[str, ...], product: bool, integer: bool
+) -> None:
+    found = replace(layer(kernel, kind=kind), inputs=inputs)
+    assert (found.is_product, found.is_integer_product) == (product, integer)
+
+
+def test_layers_and_tensors_without_details_are_read_by_name() -> None:
+    layers = ["other [profile 1]", "a + b", {"Name": "c", "Inputs": ["x", {"Name": "y"}, {"Format/Datatype": "Int8"}]}]
+    first, second = parse_inspector({"Layers": layers})
+    assert (first.name, first.onnx, first.kernel) == ("a + b", ("a", "b"), "")
+    assert (second.name, second.inputs) == ("c", ("", "", "Int8"))
+    assert [layer.name for layer in parse_inspector({"Layers": layers}, profile=1)] == ["other", "a + b", "c"]
 
 
 def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
@@ -184,6 +223,59 @@ def test_unknown_and_contradicting_evidence_never_counts_as_sparse(
     assert report.sparse_share == (1.0 if chosen else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "evidence", "target", "verdict", "detail"),
+    [
+        # a sparse kernel proves a product when every layer that computes it runs one, of its type
+        ({}, Evidence([layer(SPARSE_GEMM), layer("")]), A100, (True, None, "unknown"), ""),
+        ({}, Evidence([layer(SPARSE_GEMM), layer(SPARSE_FP16)]), A100, (True, False, "float-kernel"), ""),
+        (HALF, Evidence([layer(SPARSE_FP16)]), A100, (True, True, None), ""),
+        ({}, Evidence(log=PICKED), A100, (True, True, None), "by the builder's log alone"),
+        ({}, Evidence(log=PICKED, running=frozenset({SPARSE_GEMM})), A100, (True, None, "unknown"), "not which"),
+        ({}, Evidence(log=PICKED, running=frozenset({DENSE_GEMM})), A100, (True, None, "contradiction"), "no sparse"),
+        ({}, Evidence([layer(SPARSE_GEMM)], running=frozenset()), A100, (True, None, "contradiction"), "did not see"),
+        ({}, Evidence([layer(SPARSE_GEMM)], profiles=frozenset({0, 2, 1})), A100, (True, None, "unknown"), "profile 1"),
+        (
+            {},
+            Evidence([layer("", kind=""), layer("", "x", "reformat", ("x",))], PICKED),
+            A100,
+            (True, True, None),
+            "log",
+        ),
+        ({}, Evidence([layer(SPARSE_GEMM)]), NO_FLAG, (False, None, "contradiction"), "without the flag"),
+        # what cannot run sparse does not, whatever the evidence leaves open
+        (BROKEN, Evidence(), A100, (False, False, "pattern"), "7 of 147456"),
+        ({}, Evidence(), NO_FLAG, (False, False, "flag-off"), ""),
+        (BROKEN, Evidence(untied="a hash is missing"), A100, (False, False, "pattern"), ""),
+        ({}, Evidence(untied="a hash is missing"), NO_FLAG, (False, False, "flag-off"), ""),
+        (BROKEN, None, A100, (False, False, "pattern"), ""),
+        # and what could is unknown
+        ({}, None, A100, (True, None, "no-engine"), ""),
+        ({}, Evidence(), replace(A100, has_gpu=False), (True, None, "no-gpu"), ""),
+        ({}, Evidence(untied="a hash is missing"), replace(A100, has_gpu=False), (True, None, "no-gpu"), ""),
+        ({}, Evidence(untied="a hash is missing"), A100, (True, None, "untied"), "a hash is missing"),
+        ({"has_zero_point": True}, Evidence(untied="why"), A100, (False, None, "scales"), "zero point"),
+        ({"scales_along_k": True}, Evidence(), A100, (False, None, "scales"), "along K"),
+        ({}, Evidence([layer("__myl_FcAdd_0xab", "fused", "kgen")]), A100, FUSED, "inside kgen layer fused"),
+        ({}, Evidence([layer(DENSE_GEMM, onnx=("other",))]), A100, FUSED, "no layer of the engine"),
+        # a dense kernel: what the builder looked at
+        ({}, Evidence([layer(DENSE_GEMM)]), UNKNOWN, (None, False, "dense-chosen"), "not known"),
+        ({}, Evidence([layer(DENSE_GEMM, saw_sparse_weights=True), layer("")]), UNKNOWN, DENSE, "HasSparseWeights"),
+        ({}, Evidence([layer(DENSE_GEMM)], LISTED), UNKNOWN, (True, False, "dense-faster"), ""),
+        ({}, Evidence([layer(DENSE_GEMM)], SparsityLog(frozenset({"a"}))), UNKNOWN, DENSE, "not known"),
+        ({"n": 255}, Evidence([layer(DENSE_GEMM)]), A100, (True, False, "size"), "256"),
+        ({"n": 256}, Evidence([layer(DENSE_GEMM)]), A100, (True, False, "dense-faster"), ""),
+    ],
+)
+def test_each_case_of_the_evidence_has_its_verdict(
+    changes: dict[str, Any], evidence: Evidence | None, target: SparsityTarget, verdict: Verdict, detail: str
+) -> None:
+    weight = judged(fact(**changes), evidence, target)
+    assert (weight.eligible, weight.chosen, weight.reason) == verdict
+    assert detail in weight.detail
+    assert weight.ready is (weight.reason == "no-engine"), "of an engine it is known, or not, whether sparse runs"
+
+
 def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() -> None:
     weight = judged(fact(sparse_along_k=False, broken_groups=9), Evidence([layer(SPARSE_GEMM)]))
     assert (weight.chosen, weight.reason) == (None, "contradiction")
@@ -203,9 +295,21 @@ def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() ->
         ({"codes": "INT4"}, A100, "weight-type"),
         ({"codes": "INT16"}, A100, "weight-type"),
         ({"k": 258, "sparse_along_k": False}, A100, "k-multiple"),
+        ({"k": 258, "run": 258, "sparse_along_k": False}, A100, "k-multiple"),
         ({"k": 0}, A100, "empty"),
+        ({"n": 0}, A100, "empty"),
         ({"form": "conv", "run": 2, "k": 32}, A100, "channels"),
         ({"form": "conv", "run": 1, "k": 4, "groups_of_channels": 64}, A100, "depthwise"),
+        ({"form": "conv", "run": 1, "k": 4}, A100, "channels"),
+        ({"form": "conv", "run": 4, "k": 36, "groups_of_channels": 64, **BROKEN}, A100, "pattern"),
+        # one percent of the groups is 1474: so few broken ones were meant to be none
+        ({"sparse_along_k": False, "broken_groups": 1474, "planned_sparse": False}, A100, "pattern"),
+        ({"sparse_along_k": False, "broken_groups": 1475, "planned_sparse": False}, A100, "not-planned"),
+        ({"sparse_along_k": False, "broken_groups": 70000}, A100, "pattern"),
+        ({"sparse_along_k": False, "broken_groups": 70000, "broken_groups_of_codes": 1474}, A100, "scales"),
+        ({"sparse_along_k": False, "broken_groups": 70000, "broken_groups_of_codes": 1475}, A100, "pattern"),
+        ({"sparse_along_k": False, "broken_groups": 7, "broken_groups_of_codes": 7}, A100, "pattern"),
+        ({"integer_weight": False, "stored": "INT32"}, A100, "weight-type"),
         ({"codes": None, "integer_weight": False, "stored": "BFLOAT16"}, A100, "no-kernel"),
         ({"codes": "FLOAT8E4M3FN", "integer_weight": False}, A100, "no-kernel"),
         ({"output": "float16"}, A100, "float-output"),
@@ -217,8 +321,52 @@ def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() ->
 )
 def test_every_obstacle_has_its_reason(changes: dict[str, Any], target: SparsityTarget, reason: str) -> None:
     weight = judged(fact(**changes), Evidence([layer(DENSE_GEMM)]), target)
-    assert (weight.chosen, weight.reason) == (False, reason)
+    assert (weight.eligible, weight.chosen, weight.reason) == (False, False, reason)
     assert weight.detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "int8"),  # of a record that does not say
+        ({"stored": "FLOAT"}, "int8"),  # which the graph quantizes
+        ({"stored": "INT4"}, "int4"),
+        ({"stored": "INT4", "codes": "INT8"}, "int8"),
+        ({"codes": "UINT8"}, "int8"),
+        ({"codes": "FLOAT", "stored": "INT8"}, "float32"),
+        *(
+            ({"integer_weight": False, "stored": stored}, kind)
+            for stored, kind in {
+                "": "float", "FLOAT": "float32", "DOUBLE": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16",
+                "FLOAT8E5M2": "float8",
+            }.items()
+        ),
+    ],
+)  # fmt: skip
+def test_the_type_is_that_which_is_multiplied(changes: dict[str, Any], kind: str) -> None:
+    assert weight_type(fact(**changes)) == kind
+
+
+def test_a_matrix_without_a_reason_is_sparse_where_that_is_proven_and_nowhere_else() -> None:
+    weight = judged(fact(), Evidence([layer(SPARSE_GEMM)]))
+    assert (weight.chosen, weight.reason, weight.outcome) == (True, None, "sparse")
+    for chosen in (None, False):
+        assert replace(weight, chosen=chosen).outcome == "unknown"
+        assert replace(weight, chosen=chosen, reason="size").outcome == "size"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stack": 2}, {"operand": "input 0"}, {"form": "conv", "groups_of_channels": 2}, {"moved_by": ("Split",)}],
+)
+def test_a_form_that_the_catalogue_does_not_name_is_unknown(changes: dict[str, Any]) -> None:
+    weight = judged(fact(**changes), None)
+    assert (weight.eligible, weight.reason, weight.ready) == (None, "kernel-unknown", False)
+    assert ("Split between" in weight.detail) is ("moved_by" in changes)
+
+
+def test_a_problem_of_the_whole_file_is_told_without_a_matrix() -> None:
+    assert judge([fact()], None, A100, problems=[FileProblem("why")]).weights[0].detail.endswith(": why")
 
 
 def test_an_odd_size_is_a_hint_with_a_source_and_stands_in_no_way() -> None:
@@ -272,6 +420,13 @@ def test_merged_products_name_each_other_and_time_is_against_the_twin() -> None:
     weight = judge([fact()], mine, A100, twin).weights[0]
     assert weight.shared_with == ("k", "v")
     assert weight.saved_ms == pytest.approx(0.25, abs=1e-12)  # a difference of two numbers given here
+    other = layer(DENSE_GEMM, "of another profile", onnx=("v", "k", "node"), profile=1)
+    assert (
+        judge([fact()], mine, A100, replace(twin, layers=[*twin.layers, other])).weights[0].saved_ms == weight.saved_ms
+    )
+    for partial in (Evidence(), replace(twin, layer_ms={}), replace(twin, layers=[])):
+        assert judge([fact()], mine, A100, partial).weights[0].saved_ms is None
+        assert judge([fact()], partial, A100, twin).weights[0].saved_ms is None
 
 
 def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
@@ -279,8 +434,13 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
     report = judge(facts, Evidence([layer(SPARSE_GEMM, "b+c_myl0_1", onnx=("b", "c"))]), A100)
     assert report.sparse_share == 2304 / (2304 + 768)
     report.require_sparse(0.75)
+    assert report.counts == {"fused-away": 1, "sparse": 2}
+    assert report.products == ProductCounts(3, 3, 3)
+    hidden = UnreadProduct("h", "head", "Einsum", "input 1", "its equation")
+    assert replace(report, unread=(hidden,)).products == ProductCounts(4, 3, 3)
     with pytest.raises(
-        ParityError, match=r"75.0% of the planned-sparse weights provably run sparse, 76.0% required.*fused-away"
+        ParityError,
+        match=r"75.0% of the planned-sparse weights provably run sparse, 76.0% required; the others: 1 x fused-away$",
     ):
         report.require_sparse(0.76)
     with pytest.raises(ParityError, match="no matrix was planned sparse"):
@@ -297,6 +457,9 @@ def test_a_share_that_requires_nothing_is_refused(share: float) -> None:
 def test_the_json_has_the_documented_keys() -> None:
     entry = as_objects(judge([fact()], None, A100).to_dict()["weights"])[0]
     assert {"name", "k", "n", "planned", "sparse_along_k", "eligible", "chosen", "kernel", "reason"} <= set(entry)
+    assert set(judge([], None, A100).to_dict()) == {
+        "schema", "backend", "version", "compute_capability", "sparse_share", "counts", "products", "unread", "weights",
+    }  # fmt: skip
     assert entry["reason"] in REASONS
 
 
@@ -315,6 +478,7 @@ def test_the_catalogue_answers_with_a_source_and_only_what_was_read() -> None:
     assert ask(**h100, form="conv1x1").exists is True
     assert ask(version="11.4.0.106").exists is None
     assert ask(version="10.14.1", compute_capability="8.9").exists is True
+    assert ask(backend="ort").exists is None
     assert ask(version="10.1").exists is None, "10.1 is not 10.14"
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9").exists is True
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9, 12.0").exists is None, "they differ"
@@ -332,3 +496,24 @@ def test_advice_says_which_matrices_are_one_fix_away() -> None:
     ]
     one_fix_away = {advice.name: advice.one_fix_away for advice in advise(facts, judge(facts, None, A100))}
     assert one_fix_away == {"ready": False, "axis": True, "nearly": True, "output": True, "two fixes": False}
+
+
+def test_advice_says_what_to_do_and_calls_nothing_ready_that_is_not() -> None:
+    def advised(changes: dict[str, Any], target: SparsityTarget = A100) -> tuple[str, bool, bool]:
+        given = [fact(**changes)]
+        (advice,) = advise(given, judge(given, None, target))
+        return advice.advice, advice.one_fix_away, advice.ready
+
+    few, many = ({"sparse_along_k": False, "broken_groups": broken} for broken in (1474, 1475))
+    assert advised(few)[0].startswith("1474 of 147456 groups keep more than two: zero the smallest")
+    assert advised(few)[1:] == (True, False)
+    assert advised(few | {"integer_input": False})[1:] == (False, False)
+    assert advised(many)[0].startswith("prune it 2:4 along K and fine-tune: 1475 of")
+    assert advised(many)[1:] == (False, False)
+    assert advised({})[0].startswith("nothing stands in the way")
+    assert advised({})[1:] == (False, True)
+    assert advised({}, UNKNOWN)[0].startswith("nobody has looked")
+    for target in (A100, UNKNOWN):
+        assert advised(HALF, target)[0].startswith("2:4 along K, in float")
+        assert advised(HALF, target)[1:] == (False, False)
+    assert advised({"codes": "INT4"})[0].startswith("quantize it to INT8")

@@ -131,6 +131,13 @@ def test_a_node_that_only_left_its_scale_in_a_layer_was_not_computed_there() -> 
     assert all(weight.chosen for weight in named("key+value_myl0_2").values())
     assert {weight.reason for weight in named("__myl_Fc_myl0_2").values()} == {"ambiguous"}
     assert named("__myl_Fc_myl0_2", ("key",))["key"].reason == "ambiguous", "the other may be one of two activations"
+    alone = Evidence(parse_inspector({"Layers": [{**layer, "Name": "__myl_Fc_myl0_2"}]}))
+    (weight,) = judge([replace(FACT, node="value")], alone, A100, names=ProductNames(("value",))).weights
+    assert weight.chosen, "the only product of its layer, whatever that is called"
+    entries = [{**layer, "Name": "value_myl0_2"}, {**layer, "Name": "__myl_Fc_myl0_3", "TacticName": "sm80_xmma_gemm"}]
+    both = Evidence(parse_inspector({"Layers": entries}))
+    (weight,) = judge([replace(FACT, node="value")], both, A100, names=ProductNames(("value",))).weights
+    assert (weight.chosen, weight.kernel) == (True, SPARSE), "another layer is named after it"
 
 
 def test_names_that_myelin_rewrote_are_found_and_never_two_by_one() -> None:
@@ -145,6 +152,7 @@ def test_names_that_myelin_rewrote_are_found_and_never_two_by_one() -> None:
     assert found("encoder/layers.0/MatMul") == [True]
     assert found("encoder/layers.0/MatMul", "encoder/layers.00/MatMul") == [True, None]
     assert found("encoder/layers.0/MatMul", "encoder/layers-0/MatMul") == [None, None]
+    assert found("encoder/layers_0/MatMul", "encoder/layers-0/MatMul") == [True, None], "one has the very name"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,7 @@ def test_names_that_myelin_rewrote_are_found_and_never_two_by_one() -> None:
         (f"_ZN7cutlass6KernelI{len(SPARSE) + 6}other_{SPARSE}EEvNT_6ParamsE", False),
         (f"_ZN7cutlass6KernelI{len(SPARSE) - 1}{SPARSE}EEvNT_6ParamsE", False),
         (f"_Z3runI{SPARSE}EEvv", False),
+        (f"K{len(SPARSE)}{SPARSE}EE", False),  # is not mangled
         ("", False),
         ("sm80", False),
         ("gemm", False),

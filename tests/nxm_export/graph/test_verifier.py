@@ -250,6 +250,14 @@ class TestAgainstAPlan:
         four = WeightSpec(NMPattern(2, 4), 4, 8, 8)
         assert check(tmp_path, planned=plan(four)).all_problems == ["w: a code exceeds 7, the planned 4 bits"]
 
+    @pytest.mark.parametrize(("bits", "largest"), [(8, 9), (5, 15), (4, 7), (3, 3), (2, 1)])
+    def test_the_largest_code_of_the_planned_bits_is_none_too_many(
+        self, tmp_path: Path, bits: int, largest: int
+    ) -> None:
+        for code in (largest, -largest):
+            text = GOOD.replace(WEIGHTS, f"{{{code},0, 1,1, 0,0, 0,-1, 1,1, 0,0, -1,0, 0,1}}")
+            assert check(tmp_path, text, planned=plan(WeightSpec(NMPattern(2, 4), bits, 8, 8))).passed
+
     @pytest.mark.parametrize(("stored", "code"), [("int32", 65537), ("int32", -65536), ("int16", -32768)])
     def test_a_code_beyond_16_bits_is_found(self, tmp_path: Path, stored: str, code: int) -> None:
         text = GOOD.replace("int8[8, 2] w_quantized", f"{stored}[8, 2] w_quantized").replace("{1,0,", f"{{{code},0,")
@@ -273,6 +281,21 @@ class TestAgainstAPlan:
         )
         required = check(tmp_path, unplanned, pattern="2:4", planned=plan(WeightSpec(NMPattern(2, 4))))
         assert required.all_problems == ["2:4 is required of quantized weights, and the graph has none"]
+
+    def test_a_pattern_is_asked_of_every_quantized_weight_and_of_no_other(self, tmp_path: Path) -> None:
+        wider = plan(WeightSpec(NMPattern(4, 8), 8, 8, 8))
+        assert check(tmp_path, planned=wider).passed, "what is 2:4 is 4:8"
+        four_of_eight = GOOD.replace(WEIGHTS, "{1,0, 3,2, 5,0, 0,-4, 5,9, 0,0, 0,0, 0,8}")
+        assert check(tmp_path, four_of_eight, pattern=None, planned=wider).passed
+        assert check(tmp_path, four_of_eight, planned=wider).all_problems == [
+            "w: not 2:4 along K, which is asked for: 1 of 4 groups keep more than 2"
+        ]
+        with_head = GOOD.replace("float[2] b", "float[2, 4] head = {1,2,3,4,5,6,7,8}, float[2] b").replace(
+            "y = DequantizeLinear(zq, sy, zy)", "yd = DequantizeLinear(zq, sy, zy) y = MatMul(yd, head)"
+        )
+        report = check(tmp_path, with_head.replace("float[batch, 2] y", "float[batch, 4] y"))
+        assert report.passed
+        assert [(weight.name, weight.pattern) for weight in report.weights] == [("w", "2:4"), ("head", None)]
 
     def test_k_that_m_does_not_divide_is_said(self, tmp_path: Path) -> None:
         declared = "g (float[b, 6] x) => (float[b, 1] y) <int8[6, 1] w = {1,0,0,0,0,0}, float s = {1.0}>"

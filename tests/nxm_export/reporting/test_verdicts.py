@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 
 from engines.benchmark.latency import BenchReport, Timing
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import DenseMetrics
-from nxm_export.contract.records.run_summary import OneClass, RunSummary
+from nxm_export.contract.records.run_summary import ChosenEngine, OneClass, RunSummary
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.run_facts import EngineEntry, Run
-from nxm_export.reporting.verdicts import compressed_value, dev_samples, metric, verdicts
+from nxm_export.reporting.verdicts import (
+    compressed_value,
+    dev_samples,
+    main_engine,
+    metric,
+    mixed_versions,
+    verdicts,
+)
+from nxm_export.storage.run_dir import StageRecord
+from tests.support.made_runs import engine, made_run, matrix, on_kernels, parity
 from tests.support.records import PASSPORT, SUMMARY
 
 
@@ -93,6 +103,69 @@ def test_speed_is_of_the_machine_that_timed_and_not_of_the_one_that_built(
     run = Run(root=Path("run"), stages={}, summary=source, engines=(engine,), benches=benches)
     (speed,) = (verdict for verdict in verdicts(run) if verdict.key == "speed")
     assert speed.note.endswith(said)
+
+
+def rows_of(run: Run, key: str) -> dict[str, str]:
+    (told,) = (verdict for verdict in verdicts(run) if verdict.key == key)
+    text = {row.label: "".join(p if isinstance(p, str) else p.text for p in row.pieces) for row in told.rows}
+    assert len(text) == len(told.rows)
+    return text
+
+
+def test_every_row_says_its_own_number() -> None:
+    chosen = ChosenEngine("ort-cpu-int8", "ort", "a tie")
+    entry = replace(engine(compared=parity()), passport=RunFile("passport.json", PASSPORT, {}))
+    plan = CompressionPlan("bert", {"a": WeightSpec.parse("2:4+W8")}, {"a": (64, 64)})
+    run = replace(made_run(entry, summary=replace(SUMMARY, chosen=chosen)), plan=plan)
+    assert rows_of(run, "accuracy") == {
+        "dense": "0.7500", "compressed": "0.5000", "difference, 95 % paired": "-0.5000 to +0.0000",
+        "measured": " on 64 held-out samples",
+    }  # fmt: skip
+    size = {
+        "stored as tensor cores read 2:4": "80.00% saved", "stored as nxm pack does": "82.00% saved",
+        "kept values alone, as papers count": "87.50% saved", "engine file ort-cpu-int8, all of it": "0.0 MB",
+        "matrices in an INT8 engine, dense": f"{plan.engine_bytes(sparse=False) / 1e6:.1f} MB",
+        "matrices in an INT8 engine, 2:4 kernels": f"{plan.engine_bytes(sparse=True) / 1e6:.1f} MB",
+    }  # fmt: skip
+    assert rows_of(run, "size") == size
+    assert rows_of(run, "speed") == {
+        "batch 1 x 32 tokens": "1.50x (1.25 to 1.75)", "backend ort was kept": "a tie",
+    }  # fmt: skip
+    assert rows_of(run, "parity") == {"ort-cpu-int8": "pass, 100.00% equal argmax"}
+
+
+def test_kernels_of_matrices_that_were_not_planned_prove_nothing() -> None:
+    built = replace(PASSPORT, backend="trt", options={"integer_products": 3, "planned_products": 4})
+    entry = on_kernels(engine("trt"), (True, None, False))
+    assert entry.sparsity is not None
+    unplanned = tuple(replace(row, planned_sparse=False, chosen=True) for row in entry.sparsity.weights)
+    sparsity = replace(entry.sparsity, weights=(*entry.sparsity.weights, *unplanned))
+    entry = replace(entry, sparsity=sparsity, passport=RunFile("passport.json", built, built.to_dict()))
+    plan = CompressionPlan("bert", {"a": WeightSpec.parse("2:4+W8")}, {"a": (64, 64)})
+    run = replace(made_run(entry), plan=plan, matrices=(matrix(0),))
+    assert rows_of(run, "sparse") == {
+        "planned N:M": "1 of 1 matrices",
+        "found in the stored numbers": "1 of 1",
+        "INT8 matrix products, trt": "3 of 4 planned",
+        "runs on sparse kernels, trt": "1 of 3 proved, 1 unknown",
+    }
+
+
+def test_versions_are_mixed_where_two_made_stages_of_one_run() -> None:
+    record = StageRecord({}, {}, None, {}, {"torch": "2.11"}, 1.0, ("nxm",))
+    run = replace(made_run(), stages={"dense": record, "checkpoint": record})
+    assert mixed_versions(run) == []
+    other = replace(record, versions={"torch": "2.12"})
+    assert mixed_versions(replace(run, stages={"dense": record, "checkpoint": other})) == ["torch"]
+
+
+def test_without_a_summary_the_main_engine_is_a_compressed_one() -> None:
+    dense = replace(PASSPORT, plan=None)
+    entries = [engine(name) for name in ("openvino", "ort-cpu-sparse")]
+    first = replace(engine("ort-cpu-fp32"), passport=RunFile("passport.json", dense, {}))
+    assert main_engine(made_run(first, *entries, summary=None)) == entries[1]
+    assert main_engine(made_run(first, entries[0], summary=None)) == entries[0]
+    assert main_engine(made_run(first, summary=None)) is None
 
 
 def test_a_run_without_anything_claims_nothing() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engines.base import Profile
 from engines.cusparselt.fusing import Compile, Function
-from engines.cusparselt.kernels import DENSE, FORMS, ROWS_STEP, Call, Form, Kernels, raise_if_lost
+from engines.cusparselt.kernels import DENSE, FORMS, ROWS_STEP, Call, Form, Kernels, Taken, raise_if_lost
 from engines.cusparselt.products import Epilogue, Matrix, afters, multiply, padded, sizes_of, sparse_arguments
 from engines.cusparselt.program import Choice, Measurement, Product, Program
 from nxm_export.errors import EngineError
@@ -78,7 +78,7 @@ class Trial:
         x = torch.randint(-127, 128, (padded(rows, ROWS_STEP), k), dtype=torch.int8, generator=generator)
         x = x.to(self._kernels.device)
         right = self._run(x, DENSE, 0)
-        measured = [Measurement(DENSE, self._time(x, DENSE, 0))]
+        measured = [_timed(DENSE, 0, self._time(x, DENSE, 0))]
         measured += [self._measured(x, name, form, right) for name, form in FORMS.items() if self._differs(form)]
         usable = [each for each in measured if each.microseconds is not None]
         sparse = [each for each in usable if each.form != DENSE]
@@ -97,7 +97,7 @@ class Trial:
             wrong = deviation(self._run(x, name, algorithm), right, self._product.output)
             if wrong is not None:
                 return Measurement(name, None, algorithm, wrong)
-            return Measurement(name, self._time(x, name, algorithm), algorithm)
+            return _timed(name, algorithm, self._time(x, name, algorithm))
         except (RuntimeError, EngineError) as error:  # what a GPU or a version does not take
             raise_if_lost(error)
             return Measurement(name, None, 0, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
@@ -105,12 +105,16 @@ class Trial:
     def _run(self, x: Tensor, form: str, algorithm: int) -> Tensor:
         return multiply(self._kernels, self._matrix, self._epilogue, x, form, algorithm)
 
-    def _time(self, x: Tensor, form: str, algorithm: int) -> float:
+    def _time(self, x: Tensor, form: str, algorithm: int) -> Taken:
         call: Call = lambda: self._run(x, form, algorithm)  # noqa: E731  (a name says its type)
         taken = self._kernels.microseconds(call)
-        if not 0.0 < taken < math.inf:
-            raise EngineError(f"the clock gave {taken} us for a product, which takes longer")
-        return round(taken, 3)
+        if not 0.0 < taken.microseconds < math.inf:
+            raise EngineError(f"the clock gave {taken.microseconds} us for a product, which takes longer")
+        return taken
+
+
+def _timed(form: str, algorithm: int, taken: Taken) -> Measurement:
+    return Measurement(form, round(taken.microseconds, 3), algorithm, in_graph=taken.in_graph)
 
 
 def deviation(result: Tensor, right: Tensor, output: str) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from engines.cusparselt.capturing import capturing
 from engines.cusparselt.fusing import Function
 from nxm_export.errors import EngineError, notice
 
@@ -52,6 +53,15 @@ FORMS = {
         Form(False, False),
     )
 }
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Microseconds of one call on the device; `in_graph` says that a CUDA graph replayed it, else the host's launches
+    are in it."""
+
+    microseconds: float
+    in_graph: bool
 
 
 class Kernels(Protocol):
@@ -102,7 +112,7 @@ class Kernels(Protocol):
         """(M, K) times (N, K), both INT8, exact int32 (M, N)."""
         ...
 
-    def microseconds(self, call: Call) -> float:
+    def microseconds(self, call: Call) -> Taken:
         """The time of a call on the device."""
         ...
 
@@ -197,7 +207,7 @@ class CudaKernels:
 
         return torch._int_mm(x, weight.t())
 
-    def microseconds(self, call: Call) -> float:
+    def microseconds(self, call: Call) -> Taken:
         """The median of replays of a CUDA graph with `CALLS` calls; of eager launches where it cannot be captured."""
 
         def many() -> dict[str, Tensor]:
@@ -209,7 +219,8 @@ class CudaKernels:
         run: Callable[[], object] = captured[0] if captured is not None else many
         for _ in range(2):
             run()
-        return statistics.median(1e3 * self.milliseconds(run) / CALLS for _ in range(REPLAYS))
+        taken = statistics.median(1e3 * self.milliseconds(run) / CALLS for _ in range(REPLAYS))
+        return Taken(taken, captured is not None)
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         """Between two CUDA events."""
@@ -233,7 +244,7 @@ class CudaKernels:
                 call()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool()):
+            with capturing(graph, self._pool()):
                 made = call()
         except RuntimeError as error:
             raise_if_lost(error)

@@ -85,7 +85,7 @@ def products_of(events: Iterator[FunctionEvent] | list[FunctionEvent]) -> dict[s
 
 def _kernels(event: FunctionEvent) -> Iterator[KernelRun]:
     for kernel in event.kernels:
-        if not kernel.name.startswith(("Mem", "cuda")):
+        if not kernel.name.startswith(("Mem", "cuda", _RANGE)):  # a range is on the GPU's side of a profile, too
             yield KernelRun(kernel.name, round(float(kernel.duration), 3))
     for child in event.cpu_children:
         yield from _kernels(child)

@@ -67,12 +67,13 @@ class Product:
 @dataclass(frozen=True)
 class Measurement:
     """One form of a product, tried when the engine was built: microseconds, or why it cannot be used; `algorithm` is
-    cuSPARSELt's number."""
+    cuSPARSELt's number, and without `in_graph` no CUDA graph could hold the form, so that launches are in its time."""
 
     form: str
     microseconds: float | None
     algorithm: int = 0
     problem: str | None = None
+    in_graph: bool = True
 
 
 @dataclass(frozen=True)

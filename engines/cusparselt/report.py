@@ -15,7 +15,7 @@ from pathlib import Path
 from engines.cusparselt.kernels import DENSE
 from engines.cusparselt.products import sizes_of
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
-from engines.cusparselt.program import Choice, Product, Program
+from engines.cusparselt.program import Choice, Measurement, Product, Program
 from engines.passport import EnginePassport
 from engines.sparsity.engine_report import read_weight_facts
 from engines.sparsity.judgement import SparsityReport, WeightSparsity, judge
@@ -122,26 +122,38 @@ def times(choices: Sequence[Choice]) -> str:
     """Both times at every number of rows, in words."""
     parts = []
     for choice in sorted(choices, key=lambda choice: choice.rows):
-        dense, sparse = dense_time(choice), sparse_time(choice)
-        shown = "none is right" if sparse is None else f"{sparse:.1f} us"
-        parts.append(f"{choice.rows} rows: sparse {shown}, dense {dense:.1f} us" if dense else f"{choice.rows} rows")
+        dense = dense_form(choice)
+        shown = f": sparse {in_words(sparse_form(choice), ' us')}, dense {in_words(dense, ' us')}" if dense else ""
+        parts.append(f"{choice.rows} rows{shown}")
     return "; ".join(parts)
 
 
-def dense_time(choice: Choice) -> float | None:
-    """Microseconds of the dense form."""
-    return next((each.microseconds for each in choice.measured if each.form == DENSE), None)
+def in_words(measured: Measurement | None, unit: str = "") -> str:
+    """The microseconds of a form, and whether the host's launches are in them, which are in no replayed CUDA graph."""
+    if measured is None or measured.microseconds is None:
+        return "none is right"
+    return f"{measured.microseconds:.1f}{unit}{'' if measured.in_graph else ' (launched one by one)'}"
 
 
-def sparse_time(choice: Choice) -> float | None:
-    """Microseconds of the fastest sparse form that is right, None where none is."""
-    taken = [m.microseconds for m in choice.measured if m.form != DENSE and m.microseconds is not None]
-    return min(taken, default=None)
+def dense_form(choice: Choice) -> Measurement | None:
+    """The dense form."""
+    return next((each for each in choice.measured if each.form == DENSE), None)
+
+
+def sparse_form(choice: Choice) -> Measurement | None:
+    """The fastest sparse form that is right, None where none is."""
+    right = [each for each in choice.measured if each.form != DENSE and each.microseconds is not None]
+    return min(right, key=lambda each: each.microseconds or 0.0, default=None)
 
 
 def _saved_ms(choices: Sequence[Choice], run: ProfiledRun | None) -> float | None:
-    """What the chosen form saves against the dense one, at the profiled number of rows or at the most."""
+    """What the chosen form saves against the dense one, at the profiled number of rows or at the most; None where one
+    of the two could not be timed as a CUDA graph, since the difference is then the host's."""
     choice = at_rows(choices, run.rows if run is not None else max(choice.rows for choice in choices))
-    dense = dense_time(choice)
-    mine = next((each.microseconds for each in choice.measured if each.form == choice.form), None)
-    return None if dense is None or mine is None else (dense - mine) / 1e3
+    dense = dense_form(choice)
+    mine = next((each for each in choice.measured if each.form == choice.form), None)
+    if dense is None or mine is None or dense.in_graph is not mine.in_graph:
+        return None
+    if dense.microseconds is None or mine.microseconds is None:
+        return None
+    return (dense.microseconds - mine.microseconds) / 1e3

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from engines.cusparselt.fusing import Function
-from engines.cusparselt.kernels import LEAST, MATRIX_STEP, ROWS_STEP
+from engines.cusparselt.kernels import LEAST, MATRIX_STEP, ROWS_STEP, Taken
 from nxm_export.errors import EngineError
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ class IntegerReferenceKernels:
             raise EngineError(f"_int_mm takes no {tuple(x.shape)} times {tuple(weight.shape)}")
         return (x.to(torch.int64) @ weight.to(torch.int64).t()).to(torch.int32)
 
-    def microseconds(self, call: Callable[[], Tensor]) -> float:
+    def microseconds(self, call: Callable[[], Tensor]) -> Taken:
         """One run by the wall clock: it means nothing."""
-        return 1e3 * self.milliseconds(call)
+        return Taken(1e3 * self.milliseconds(call), in_graph=True)
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         """One run by the wall clock: it means nothing."""

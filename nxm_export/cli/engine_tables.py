@@ -176,16 +176,14 @@ def _print_facts(title: str, facts: Mapping[str, object]) -> None:
 
 def _print_choices(choices: Sequence[ProductChoice]) -> None:
     """Both times of products of equal sizes, and the form that was chosen."""
-    from engines.cusparselt.report import dense_time, sparse_time
+    from engines.cusparselt.report import dense_form, in_words, sparse_form
 
     rows = [
         (
             f"{choice.k}x{choice.n} to {choice.output}",
             str(choice.rows),
-            *(
-                ("none is right" if time is None else f"{time:.1f}")
-                for time in (sparse_time(choice), dense_time(choice))
-            ),
+            in_words(sparse_form(choice)),
+            in_words(dense_form(choice)),
             choice.form,
         )
         for choice in choices

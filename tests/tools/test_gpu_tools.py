@@ -165,6 +165,7 @@ def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
     assert {name: entry.passed for name, entry in result.parity.items()} == {"int8-sparse": True, "int8-dense": True}
     assert result.sparsity is not None
     assert result.sparsity.chosen == 0
+    assert result.captured == dict.fromkeys(("fp16", "int8-dense", "int8-sparse"), True)
     written = file.stat().st_mtime_ns
     assert engine_twins.main(arguments) == 0  # what is complete is not measured again
     assert file.stat().st_mtime_ns == written
@@ -192,6 +193,22 @@ def test_twins_that_were_measured_otherwise_are_measured_again(
         engine_twins.Measuring(replace(subject, checkpoint="a"), plan),
     ):
         assert not other._is_of_this(asked.run())
+
+
+@pytest.mark.parametrize("error", [TypeError("no such argument"), AssertionError(), KeyError("a"), OSError("full")])
+def test_an_error_of_any_type_ends_one_subject_and_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(engine_twins.Measuring, "_checkpoint", MagicMock(side_effect=error))
+    options = ["--rehearse", "--models", "tiny", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    assert engine_twins.main(options) == 1
+    assert capsys.readouterr().out.count(f"error: {type(error).__name__}") == 2
+    for placement in engine_twins.PLACEMENTS:
+        file = tmp_path / f"tiny-{placement}.json"
+        result = read_record(file, engine_twins.Result, schema=engine_twins.SCHEMA, way_out="")
+        assert result.trace is not None
+        assert "_checkpoint" in result.trace
+        assert not result.complete
 
 
 def test_checkpoints_of_one_name_would_share_their_results(tmp_path: Path) -> None:

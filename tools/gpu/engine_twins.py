@@ -19,9 +19,10 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 from unittest import mock
@@ -32,9 +33,11 @@ from engines.base import BuildOptions, Engine
 from engines.benchmark.latency import BenchReport, bench, sparse_verdict
 from engines.cusparselt import backend
 from engines.cusparselt.machine import Machine, this_machine
+from engines.cusparselt.profiling import read_profile
 from engines.cusparselt.program import Choice
-from engines.cusparselt.report import dense_time, sparse_time
+from engines.cusparselt.report import times
 from engines.cusparselt.stand_in import IntegerReferenceKernels
+from engines.passport import load_passport
 from nxm_export.contract.checkpoint import read_config, task_at
 from nxm_export.contract.choices import TASK
 from nxm_export.contract.tasks import TASKS
@@ -88,7 +91,8 @@ class Asked:
 @dataclass(frozen=True)
 class Result:
     """What a subject came to; written after every measurement. `hugging_face` are milliseconds by shape: of the model
-    as it is (``fp16``), and compiled. `complete` says that nothing of what was `asked` is left to do."""
+    as it is (``fp16``), and compiled. `captured` says which engines ran as a CUDA graph. `complete` says that nothing
+    of what was `asked` is left to do."""
 
     subject: Subject
     machine: Mapping[str, str]
@@ -97,11 +101,13 @@ class Result:
     sparsity: Sparsity | None = None
     choices: tuple[Choice, ...] = ()
     kernels: tuple[str, ...] = ()
+    captured: Mapping[str, bool] = field(default_factory=dict)
     bench: tuple[BenchReport, ...] = ()
     parity: Mapping[str, Parity] | None = None
     hugging_face: Mapping[str, Mapping[str, float]] | None = None
     verdict: str | None = None
     error: str | None = None
+    trace: str | None = None
     skipped: tuple[str, ...] = ()
     complete: bool = False
     asked: Asked | None = None
@@ -153,8 +159,8 @@ class Measuring:
                 return known
         try:
             self._measure()
-        except (NxmError, RuntimeError, ValueError) as error:
-            self._add(error=f"{type(error).__name__}: {error}"[:600])
+        except Exception as error:  # of any type: what was measured is kept, and the other subjects are measured
+            self._add(error=f"{type(error).__name__}: {error}"[:600], trace=traceback.format_exc()[-3000:])
         return self.result
 
     def _is_of_this(self, known: Result) -> bool:
@@ -200,8 +206,11 @@ class Measuring:
 
     def _inspect(self) -> None:
         sparse = self.work / SPARSE
-        for name in (SPARSE, DENSE):
+        captured = {}
+        for name in TWINS:
             measure_layers(self.work / name)
+            profiled = read_profile(self.work / name, load_passport(self.work / name).engine_sha256)
+            captured[name] = profiled is not None and profiled.replayed is not None
         inspected = inspect_engine(sparse)
         assert isinstance(inspected.facts, backend.CusparseltFacts)
         report, run = inspected.facts.sparsity, inspected.facts.profiled
@@ -212,6 +221,7 @@ class Measuring:
             sparsity=Sparsity(len(planned), chosen, report.sparse_share, report.counts),
             choices=inspected.facts.choices,
             kernels=tuple(sorted(names)),
+            captured=captured,
         )
 
     def _bench(self, engines: Mapping[str, Engine], shape: tuple[int, int], vocabulary: int) -> None:
@@ -236,8 +246,9 @@ class Measuring:
                 if self.plan.is_over:
                     self._add(skipped=(*self.result.skipped, f"hugging face {way} {batch}x{sequence}"))
                     continue
-                ms = _milliseconds(model, (batch, sequence), vocabulary, self.plan)
-                taken.setdefault(f"{batch}x{sequence}", {})[way] = ms
+                ms, in_graph = _milliseconds(model, (batch, sequence), vocabulary, self.plan)
+                shown = way if in_graph else f"{way} launched one by one"
+                taken.setdefault(f"{batch}x{sequence}", {})[shown] = ms
                 self._add(hugging_face=taken)
 
     def _timed(self, what: str, work: Callable[[], T]) -> T:
@@ -267,8 +278,10 @@ def _model(checkpoint: Path, machine: Machine, *, compiled: bool) -> Callable[..
     return lambda **feeds: cast(torch.Tensor, next(iter(called(**feeds).values())))
 
 
-def _milliseconds(model: Callable[..., torch.Tensor], shape: tuple[int, int], vocabulary: int, plan: Plan) -> float:
-    """The median of runs on the device, of a CUDA graph where there can be one."""
+def _milliseconds(
+    model: Callable[..., torch.Tensor], shape: tuple[int, int], vocabulary: int, plan: Plan
+) -> tuple[float, bool]:
+    """The median of runs on the device, and whether they are of a CUDA graph, as where there can be one."""
     import torch
 
     kernels = plan.machine.kernels
@@ -282,7 +295,7 @@ def _milliseconds(model: Callable[..., torch.Tensor], shape: tuple[int, int], vo
         call()
         captured = kernels.capture(call)
         run: Callable[[], object] = captured[0] if captured is not None else call
-        return statistics.median(kernels.milliseconds(run) for _ in range(plan.rounds))
+        return statistics.median(kernels.milliseconds(run) for _ in range(plan.rounds)), captured is not None
 
 
 def tables(results: Sequence[Result]) -> str:
@@ -303,16 +316,17 @@ def _table(result: Result) -> Iterator[str]:
     if result.sparsity is not None:
         sparsity = result.sparsity
         yield f"sparse kernels: {sparsity.chosen} of {sparsity.planned} planned matrices; {sparsity.counts}"
+    if loose := [name for name, held in result.captured.items() if not held]:
+        yield f"in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
     if result.bench:
         yield "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | Hugging Face |"
         yield "|---|---:|---:|---:|---:|---:|---|"
     for report in result.bench:
         yield _row(report, result)
     if result.choices:
-        yield "K x N to output, rows: sparse and dense us -> form"
+        yield "K x N to output, rows: sparse and dense -> form"
     for choice in result.choices:
-        sparse, dense = sparse_time(choice), dense_time(choice)
-        yield f"{choice.k}x{choice.n} to {choice.output}, {choice.rows}: {sparse} {dense} -> {choice.form}"
+        yield f"{choice.k}x{choice.n} to {choice.output}, {times([choice])} -> {choice.form}"
     for form, problem in dict.fromkeys((m.form, m.problem) for c in result.choices for m in c.measured if m.problem):
         yield f"{form}: {problem}"
     yield from (f"verdict: {result.verdict}", f"parity: {result.parity}", f"seconds: {dict(result.seconds)}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from engines.cusparselt.fusing import Function
+from engines.cusparselt.kernels import Taken
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 
@@ -30,15 +31,22 @@ def machine(kernels: IntegerReferenceKernels | None = None) -> Machine:
 class Priced(IntegerReferenceKernels):
     """Kernels whose times are given: of products in int32, and of sparse ones by (output, transposed).
 
-    Outputs that are not named are refused, as a version that does not have them would do.
+    Outputs that are not named are refused, as a version that does not have them would do. No CUDA graph holds a sparse
+    product with an output in `refused`.
     """
 
-    def __init__(self, dense: float, sparse: Mapping[tuple[str, bool], float], wrong: tuple[str, ...] = ()) -> None:
-        self._dense, self._sparse, self._wrong = dense, sparse, wrong
-        self._price = 0.0
+    def __init__(
+        self,
+        dense: float,
+        sparse: Mapping[tuple[str, bool], float],
+        wrong: tuple[str, ...] = (),
+        refused: tuple[str, ...] = (),
+    ) -> None:
+        self._dense, self._sparse, self._wrong, self.refused = dense, sparse, wrong, refused
+        self._price, self._in_graph = 0.0, True
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        self._price = self._dense
+        self._price, self._in_graph = self._dense, True
         return super().dense(x, weight)
 
     def sparse(
@@ -55,13 +63,13 @@ class Priced(IntegerReferenceKernels):
         name = str(out).removeprefix("torch.")
         if (name, transposed) not in self._sparse:
             raise RuntimeError(f"CUDA error: no {name} here\nwith a second line")
-        self._price = self._sparse[name, transposed]
+        self._price, self._in_graph = self._sparse[name, transposed], name not in self.refused
         y = super().sparse(packed, x, out, alpha, bias, algorithm, transposed=transposed)
         return y * 0 if name in self._wrong else y
 
-    def microseconds(self, call: Callable[[], Tensor]) -> float:
+    def microseconds(self, call: Callable[[], Tensor]) -> Taken:
         call()
-        return self._price
+        return Taken(self._price, self._in_graph)
 
 
 class Named(IntegerReferenceKernels):

@@ -298,6 +298,22 @@ class TestSparsity:
         assert {(w.chosen, w.reason, w.eligible) for w in weights} == {(False, "dense-faster", True)}
         assert "1536 rows: sparse 1.0 us, dense 0.5 us" in weights[0].detail
 
+    def test_a_time_that_is_of_no_cuda_graph_says_so_and_is_subtracted_from_none_that_is(
+        self, tmp_path: Path, tiny_graph: Callable[..., Path]
+    ) -> None:
+        graph = tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx"
+        kernels = Priced(0.5, FASTER, refused=("int8", "float16", "int32"))
+        for name in ("dense", "sparse"):
+            (tmp_path / name).mkdir()
+        build_on(machine(kernels), graph, tmp_path / "dense")
+        weight = self.planned(tmp_path / "dense")[0]
+        assert "1536 rows: sparse 1.0 us (launched one by one), dense 0.5 us" in weight.detail
+        assert weight.saved_ms == 0.0  # of the dense form that was chosen
+        build_on(machine(Priced(2.0, FASTER, refused=kernels.refused)), graph, tmp_path / "sparse")
+        weight = self.planned(tmp_path / "sparse")[0]
+        assert "1536 rows: sparse 1.0 us (launched one by one), dense 2.0 us" in weight.detail
+        assert weight.saved_ms is None
+
     def test_forms_that_are_not_right_are_the_reason(self, tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
         graph = tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx"
         build_on(machine(Priced(2.0, {})), graph, tmp_path)

@@ -240,3 +240,66 @@ def test_a_log_alone_is_not_said_to_name_a_kernel(ran: str, reason: str, detail:
     evidence = replace(picked("node"), running=frozenset({ran}))
     (weight,) = judge([FACT], evidence, A100).weights
     assert (weight.chosen, weight.reason, weight.detail) == (None, reason, detail)
+
+
+# As in the libraries of cuSPARSELt 0.8.0, which torch 2.11 loads, and cuBLASLt 13. Nothing ran.
+CUSPARSELT = tuple(
+    f"sm{gpu}_xmma_sparse_gemm_{types}_f32_tn_{order}_{tile}_{ran}_kernel_5x_cusparselt"
+    for gpu, types, tile in (
+        ("90", "i8i32_i8i32", "tilesize128x128x128_cgasize2x1x1_warpgroupsize2x1x1"),
+        ("90", "i8i8_i8i32", "tilesize128x192x128_cgasize2x1x1_warpgroupsize1x1x1"),
+        ("90", "i8f16_i8i32", "tilesize64x128x128_cgasize1x1x1_warpgroupsize1x1x1_bias_f16"),
+        ("90", "i8bf16_i8i32", "tilesize64x256x128_cgasize1x1x1_warpgroupsize1x1x1_bias_bf16"),
+        ("80", "i8f16_i8i32", "tilesize128x64x128_stage4_warpsize2x2x1_sptensor16x8x64"),
+        ("86", "i8i32_i8i32", "tilesize128x64x128_stage2_warpsize2x2x1_sptensor16x8x64"),
+    )
+    for order in "nt"
+    for ran in ("execute", "execute_split_k", "execute_segment_k_on", "execute_segment_k_off")
+)
+CUBLASLT = (
+    "sm90_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x128_cgasize1x1x1_warpgroupsize1x1x1_aligna4_alignc4_execute_"
+    "segment_k_off_kernel__5x_cublas",
+    "sm90_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize64x64x128_warpgroupsize1x1x1_execute_split_k_kernel__5x_cublas",
+    "ampere_int32_i8816gemm_int8_128x256_ldg16_stages_64x1_nt",
+)
+
+
+@pytest.mark.parametrize("name", CUSPARSELT)
+def test_int8_kernels_of_cusparselt_are_sparse_products_of_integers(name: str) -> None:
+    kernel = kernel_named(name)
+    assert kernel is not None
+    assert (kernel.sparse, kernel.integer) == (True, True)
+
+
+@pytest.mark.parametrize("name", CUBLASLT)
+def test_int8_kernels_of_cublaslt_are_dense(name: str) -> None:
+    kernel = kernel_named(name)
+    assert kernel is not None
+    assert (kernel.sparse, kernel.integer) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sm90_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x128_cgasize1x1x1_warpgroupsize1x1x1_execute_kernel_5x_"
+        "cusparselt",
+        "sm90_xmma_sparse_gemm_e4m3f16_e4m3f32_f32_tn_n_tilesize64x64x128_cgasize1x1x1_warpgroupsize1x1x1",
+    ],
+)
+def test_float_kernels_of_cusparselt_are_no_products_of_integers(name: str) -> None:
+    kernel = kernel_named(name)
+    assert kernel is not None
+    assert (kernel.sparse, kernel.integer) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_ZN2at6native34sparse_semi_structured_tile_kernelINS0_11KernelTypesIN7cutlass6half_tEEENS0_18MetadataCuSparseLtE",
+        "_ZN22cask_plugin__5x_cublas19avdt_sparse_reorderEPfPKfii",
+        "cutlass3x_sm100_sparse_compression_8_4_pairwise_e2m1_t",
+        "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNN",
+    ],
+)
+def test_what_prepares_sparse_operands_or_says_nothing_is_no_sparse_product(name: str) -> None:
+    assert kernel_named(name) is None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engines.cusparselt.capturing import capturing
+
 Call = Callable[[], object]
 _LOST = ("illegal memory", "launch failure", "device-side assert", "misaligned address", "illegal instruction")
 
@@ -112,7 +114,7 @@ class Timer:
             _run(copies)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph, torch.cuda.graph_pool_handle()):
             _run(many)
         return self._median(graph.replay, len(many), self.replays)
 

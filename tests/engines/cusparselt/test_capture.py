@@ -1,0 +1,66 @@
+"""A capture that fails is no end of captures: torch is left as it was, and the next call is captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engines.cusparselt.kernels import CudaKernels, Taken
+from tests.engines.cusparselt.fake_capture import FakeCapture
+from tools.gpu.cusparselt.timing import Problem, Timer
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
+    return FakeCapture(monkeypatch)
+
+
+def made() -> dict[str, torch.Tensor]:
+    return {"": torch.ones(1)}
+
+
+def test_after_a_capture_that_failed_the_next_one_succeeds_on_the_callers_stream(cuda: FakeCapture) -> None:
+    kernels = CudaKernels()
+    assert kernels.capture(made) is not None
+    cuda.fails = True
+    assert kernels.capture(made) is None
+    assert (cuda.stream, cuda.recording) == (cuda.OWN, set())
+    cuda.fails = False
+    assert kernels.capture(made) is not None
+
+
+def test_a_call_that_raises_while_it_is_captured_leaves_nothing_behind(cuda: FakeCapture) -> None:
+    calls: list[str] = []
+
+    def second_time() -> dict[str, torch.Tensor]:
+        calls.append(cuda.stream)
+        if len(calls) == 2:
+            raise RuntimeError("expected scalar type Half")
+        return made()
+
+    kernels = CudaKernels()
+    assert kernels.capture(second_time) is None
+    assert calls[1] == "the graph's stream"
+    assert (cuda.stream, cuda.recording) == (cuda.OWN, set())
+    assert kernels.capture(made) is not None
+
+
+def test_the_probe_times_by_graphs_again_after_one_that_failed(
+    cuda: FakeCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems: list[Problem] = []
+    timer = Timer("cuda", 2, 3, problems)
+    monkeypatch.setattr(timer, "kernel_times", lambda _: [("kernel", 8.0), ("kernel", 8.0)])
+    cuda.fails = True
+    assert timer.time("cusparselt", [made]).how == "profiler"
+    assert (cuda.stream, cuda.recording) == (cuda.OWN, set())
+    cuda.fails = False
+    assert timer.time("cublas", [made]).how == "graph"
+    assert [problem.at for problem in problems] == ["graph of cusparselt"]
+
+
+def test_a_call_that_no_graph_holds_is_timed_all_the_same_and_says_so(cuda: FakeCapture) -> None:
+    kernels = CudaKernels()
+    assert kernels.microseconds(lambda: torch.ones(1)) == Taken(125.0, in_graph=True)  # a millisecond for 8 calls
+    cuda.fails = True
+    assert kernels.microseconds(lambda: torch.ones(1)) == Taken(125.0, in_graph=False)

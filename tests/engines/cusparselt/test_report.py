@@ -9,7 +9,7 @@ import pytest
 from engines.cusparselt.kernels import DENSE, FORMS
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.program import Choice, Measurement, Product, Program
-from engines.cusparselt.report import _with_engine, at_rows, dense_time, sparse_time, times
+from engines.cusparselt.report import _with_engine, at_rows, dense_form, sparse_form, times
 from engines.sparsity.judgement import SparsityTarget, WeightSparsity, judge
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 
@@ -112,6 +112,9 @@ def test_the_time_saved_is_that_of_the_form_that_runs() -> None:
 
 def test_times_are_told_by_rows() -> None:
     assert [at_rows(BOTH[::-1], rows).rows for rows in (1, 256, 257, 1024, 4096)] == [256, 256, 1024, 1024, 1024]
-    assert (dense_time(BOTH[0]), sparse_time(BOTH[0]), sparse_time(WRONG[0])) == (4.0, 8.0, None)
+    dense, sparse = dense_form(BOTH[0]), sparse_form(BOTH[0])
+    assert dense is not None
+    assert sparse is not None
+    assert (dense.microseconds, sparse.microseconds, sparse_form(WRONG[0])) == (4.0, 8.0, None)
     assert times(BOTH[::-1]) == "256 rows: sparse 8.0 us, dense 4.0 us; 1024 rows: sparse 1.0 us, dense 4.0 us"
     assert times(WRONG) == "1024 rows: sparse none is right, dense 4.0 us"

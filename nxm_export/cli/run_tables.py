@@ -286,7 +286,9 @@ def _print_quality(summary: RunSummary) -> None:
         ),
     ]
     if blind := summary.one_class:
-        rows.append(("no model: one class for all", score_text(blind.value), repr(blind.label)))
+        low, high = blind.dense_gain
+        above = "" if low is None or high is None else f"; dense {low:+.4f} to {high:+.4f} from it (paired 95 %)"
+        rows.append(("no model: one class for all", score_text(blind.value), f"{blind.label!r}{above}"))
     if alike := summary.cosine_to_dense:
         rows.append(("its cosine to the dense embeddings", f"{alike.mean:.4f}", f"the least {alike.least:.4f}"))
     click.echo(f"{summary.metric} on {summary.dev_samples} held-out samples")

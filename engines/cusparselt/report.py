@@ -148,7 +148,7 @@ def sparse_form(choice: Choice) -> Measurement | None:
 
 def _saved_ms(choices: Sequence[Choice], run: ProfiledRun | None) -> float | None:
     """What the chosen form saves against the dense one, at the profiled number of rows or at the most; None where one
-    of the two could not be timed as a CUDA graph, since the difference is then the host's."""
+    of the two alone is of a CUDA graph, since the difference is then the host's."""
     choice = at_rows(choices, run.rows if run is not None else max(choice.rows for choice in choices))
     dense = dense_form(choice)
     mine = next((each for each in choice.measured if each.form == choice.form), None)

@@ -45,7 +45,8 @@ ENGINE_FILE = "model.onnx"
 # that it replaces, and BiasGelu twice as long as Add and Gelu.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 # ONNX Runtime 1.32, at its basic level: of a Gemm or Conv between two pairs it rounds the bias to the product of both
-# scales, which is coarse for weights of few bits, and a float weight to INT8. Nobody planned that.
+# scales, which is coarse for weights of few bits, and a float weight to INT8. Nobody planned that. Without it such a
+# product runs in float, unless it has codes and no bias.
 UNPLANNED_ROUNDING = ("WeightBiasQuantization",)
 LEFT_OUT = (*SLOW_FUSIONS, *UNPLANNED_ROUNDING)  # of every engine
 FUSED_ATTENTION = ("MultiHeadAttention", "Attention")

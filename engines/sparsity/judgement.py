@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from engines.sparsity.build_evidence import (
     Evidence,
@@ -25,9 +24,6 @@ from engines.sparsity.kernel_names import Existence, is_among, kernel_named, spa
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import to_builtins
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = "nxm-sparsity/1"
 ALIGNMENT = 32  # elements of INT8

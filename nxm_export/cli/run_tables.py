@@ -175,19 +175,19 @@ def _verdict(summary: RunSummary) -> list[str]:
     if (chosen := summary.chosen) is not None:
         engines += f" Kept: {chosen.name}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
-    rest = [*_knows_little(summary), *_mixed_versions(summary)]
+    rest = [*_dense_not_shown(summary), *_mixed_versions(summary)]
     if low is None or high is None:
         return [engines, f"{quality}.", *rest]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
     return [engines, f"{quality}: {found}.", *rest]  # the interval stands in the table below
 
 
-def _knows_little(summary: RunSummary) -> list[str]:
-    """That accuracy kept says nothing, where the dense model may have none to keep."""
+def _dense_not_shown(summary: RunSummary) -> list[str]:
+    """That no difference to the dense model says little, where that is not shown to know more than one class."""
     blind = summary.one_class
     if blind is None or blind.dense_is_better is not False:
         return []
-    return [f"Nothing to keep: dense is not shown to beat one class for all ({score_text(blind.value)})."]
+    return [f"But dense is not shown to beat one class for all ({score_text(blind.value)})."]
 
 
 def _mixed_versions(summary: RunSummary) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.columns import Columns
@@ -13,9 +12,6 @@ from nxm_export.data.examples import Examples
 from nxm_export.data.features import Features
 from nxm_export.data.tokenization import Tokenizer
 from nxm_export.errors import ArtifactError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

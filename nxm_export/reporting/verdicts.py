@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
 NO_DIFFERENCE = "no difference found"
-NOTHING_TO_KEEP = "dense model knows too little"
+DENSE_NOT_SHOWN = "dense not shown to beat one class"
 Piece = str | Shown
 COUNTED = {
     "hw": "2:4 as tensor cores store it, index and scales included",
@@ -123,18 +123,20 @@ def _accuracy(run: Run) -> Verdict:
     blind = run.summary.content.one_class if run.summary else None
     if blind and (reached := run.figure("one_class", "value")):
         rows.append(VerdictRow("one class for all", (reached.shown("score"), f" ({blind.label})")))
+    doubted = blind is not None and blind.dense_is_better is False
     if high.number < 0:
         state, word, note = BAD, "worse than dense", "The whole interval lies below 0."
     elif low.number > 0:
         state, word, note = GOOD, "better than dense", "The whole interval lies above 0."
-    elif blind and blind.dense_is_better is False:
-        state, word = OPEN, NOTHING_TO_KEEP
-        note = "These samples do not show that the dense model is better than one class for every sample. "
-        note += "So it says nothing that the compressed model is no worse."
+    elif doubted:
+        state, word = OPEN, DENSE_NOT_SHOWN
+        note = "The interval holds 0, and nothing is shown to be kept."
     else:
         state, word = OPEN, NO_DIFFERENCE
         note = "The interval holds 0: these samples show no difference between the two models. "
         note += "That is not proof that they are equal."
+    if doubted:
+        note += " These samples do not show that the dense model is better than one class for every sample."
     return Verdict("accuracy", title, state, word, tuple(rows), note, lead)
 
 

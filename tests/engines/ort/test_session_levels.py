@@ -17,6 +17,8 @@ from engines.ort.session_levels import ALL, BASIC, SessionLevel, closest_level
 from engines.passport import EnginePassport, covered_spec, load_passport
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.errors import EngineError
+from nxm_export.graph.exporter import export
+from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, tiny
 from tests.support.variants import variants
 
@@ -49,6 +51,15 @@ def test_the_basic_level_gives_the_bits_of_the_proven_session_and_all_optimizers
     )
     np.testing.assert_array_equal(basic, proven)
     assert not np.array_equal(everything, proven)
+
+
+def test_rounding_that_no_level_leaves_out_is_seen(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Triton's session rounds the biases of products that are Gemm, at any level."""
+    graph = export(tiny_checkpoint("bert"), tmp_path / "graph", placement="inputs-outputs", lowering="gemm")
+    build_engine(graph.path, tmp_path / "engine")
+    closest = closest_level(tmp_path / "engine", *opened(tmp_path / "engine"))
+    assert closest.difference
+    assert "outputs differ" in closest.words
 
 
 def test_an_engine_without_disabled_optimizers_runs_with_all(tiny_engine: Callable[..., Path]) -> None:

@@ -246,7 +246,7 @@ def test_a_run_begins_with_its_verdict_and_ends_with_what_to_type(
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     printed = " ".join(printed.split())
-    assert "Nothing to keep: dense is not shown to beat one class for all (0.7000)." in printed
+    assert "But dense is not shown to beat one class for all (0.7000)." in printed
     assert "no model: one class for all 0.7000 'very good'" in printed
     print_summary(replace(SUMMARY, one_class=OneClass("very good", 0.7, (0.01, 0.1))))
     assert "not shown" not in capsys.readouterr().out

@@ -113,6 +113,12 @@ def write_model(
         if head != "classification":  # as in published checkpoints, which seldom say so of classifiers
             config.problem_type = task.problem_type
         model = cast("AutoClass", getattr(transformers, str(task.auto_class))).from_config(config)
+    # As in trained models: untrained biases are all 0, and what changes them would show in no test.
+    shift = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases, and the weights of norms
+                parameter += 0.05 * torch.randn(parameter.shape, generator=shift)
     model.save_pretrained(out, save_original_format=False)
     write_tokenizer(family, out)
     return out

@@ -343,7 +343,8 @@ def test_an_option_that_some_weights_do_not_allow_is_used_by_the_others(
     for trial in every_trial(selector):
         for name, spec in trial.plan.weights.items():
             assert selector.shapes[name][1] == 64 or spec.pattern is None
-    by_size = measured(candidate_specs=("16:64+W4", "W8", "W4"), compression=0.82, counting="values")
+    # By values W4 alone comes to 87.5 %, so it takes the pattern, too.
+    by_size = measured(candidate_specs=("16:64+W4", "W8", "W4"), compression=0.89, counting="values")
     assert any("16:64+W4" in trial.plan.pattern_counts for trial in every_trial(by_size))
 
 

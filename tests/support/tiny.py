@@ -118,7 +118,7 @@ def write_model(
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases, and the weights of norms
-                parameter += 0.05 * torch.randn(parameter.shape, generator=shift)
+                parameter.add_(torch.randn(parameter.shape, generator=shift), alpha=0.05)
     model.save_pretrained(out, save_original_format=False)
     write_tokenizer(family, out)
     return out

@@ -195,7 +195,7 @@ def test_every_family_runs_all_planned_products_on_integers(family: str, tiny_gr
     assert all(product.two_four for product in products.values())
     assert sum(step.op == PRODUCT for step in made.program.steps) == len(products)
     executor = Executor(made.program, made.tensors, IntegerReferenceKernels())
-    for batch, sequence, padding in ((1, 1, 0), (3, 7, 3), (2, tiny.POSITIONS, 5)):
+    for batch, sequence, padding in ((1, 1, 0), (3, 7, 3), (2, tiny.POSITIONS, 5), (16, 5, 2)):
         feeds = baked.feeds(family, batch, sequence, padding=padding)
         given = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with torch.no_grad():
@@ -204,8 +204,11 @@ def test_every_family_runs_all_planned_products_on_integers(family: str, tiny_gr
             third = executor.run(given)["logits"]
         assert torch.equal(first, third)
         expected = onnx_text.run(file, feeds)["logits"]
-        # Logits below 1 in float16: some 2e-3 of rounding, and a code that moves by a step now and then.
-        np.testing.assert_allclose(first.numpy(), expected, atol=0.05)
+        # Logits have a range of 1 to 7. In float16 codes move by a step now and then, and a logit of a text by .055 for it;
+        # most texts have no such code: the mean over 16 is .002 to .003.
+        np.testing.assert_allclose(first.numpy(), expected, atol=0.1)
+        if batch == 16:
+            assert np.abs(first.numpy() - expected).mean() < 0.01
 
 
 def test_int8_attention_is_rounded_to_its_grid_and_said_so(tmp_path: Path) -> None:

@@ -204,8 +204,8 @@ def test_every_family_runs_all_planned_products_on_integers(family: str, tiny_gr
             third = executor.run(given)["logits"]
         assert torch.equal(first, third)
         expected = onnx_text.run(file, feeds)["logits"]
-        # Logits have a range of 1 to 7. In float16 a code moves by a step now and then, and a logit by .055 for it. Most
-        # texts have no such code: the mean over 16 is .002 to .003.
+        # Logits have a range of 1 to 7. In float16 a code moves by a step now and then, and a logit by .055 for it.
+        # Most texts have no such code: the mean over 16 is .002 to .003.
         np.testing.assert_allclose(first.numpy(), expected, atol=0.1)
         if batch == 16:
             assert np.abs(first.numpy() - expected).mean() < 0.01

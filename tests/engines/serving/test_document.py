@@ -51,7 +51,9 @@ def test_every_reason_of_a_rejection_is_listed() -> None:
 
 
 def test_the_options_that_it_names_exist() -> None:
-    options = {name for each in ("serve", "triton", "bench") for p in main.commands[each].params for name in p.opts}
+    options = {
+        name for each in ("export", "serve", "triton", "bench") for p in main.commands[each].params for name in p.opts
+    }
     named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", TEXT))
     assert named - {"--disable-auto-complete-config"} <= options  # which is tritonserver's
 

@@ -90,11 +90,35 @@ def test_every_way_to_train_runs_to_its_end(
     training_variants.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": distance ")[0] for line in lines] == [
-        f"2:4+W4, {name}{average}"
-        for name in ("default", "rounds", "distorted, 2e-4")
-        for average in ("", *(f", average of {decay}" for decay in training_variants.DECAYS))
+        "dense",
+        *(
+            f"2:4+W4, {name}{average}"
+            for name in ("default", "rounds", "distorted, 2e-4")
+            for average in ("", *(f", average of {decay}" for decay in training_variants.DECAYS))
+        ),
     ]
+    assert lines[0].startswith("dense: distance 0.0000, agreement 100.0, ")
     assert len({line.partition(": ")[2] for line in lines}) > 3  # they are not one run
+
+
+@pytest.mark.slow
+def test_a_model_without_a_head_is_trained_before_it_is_varied(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoder = tiny_checkpoint("bert").parent / "dense"
+    for file in ("train", "dev"):
+        rows = [{"text": f"word{number % 7} word{number % 5}", "score": number % 3 / 2} for number in range(40)]
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl"), "--max-length", "48"]
+    more = ["--task", "regression", "--dense-steps", "2", "--steps", "2", "--threads", "1", "--variants", "default"]
+    monkeypatch.setattr(sys, "argv", ["ablation", str(encoder), *data, *more])
+    training_variants.main()
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("dense: distance 0.0000, ")
+    assert len(others) == 1 + len(training_variants.DECAYS)
 
 
 @pytest.mark.exhaustive

@@ -28,6 +28,7 @@ from compressors.settings import Losses, Settings
 from compressors.training.averaged_weights import AveragedWeights
 from compressors.training.phases import Job
 from compressors.training.trainer import Phase
+from nxm_export.api.functions import finetune
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import TASKS
@@ -121,17 +122,45 @@ def main() -> None:
     made.add_argument("--variants", default=";".join(VARIANTS), help="Separated by semicolons.")
     made.add_argument("--epochs", type=float, default=6.0)
     made.add_argument("--steps", type=int, help="Instead of --epochs.")
+    made.add_argument("--dense-steps", type=int, help="Train DENSE for the task first, with so many steps.")
+    made.add_argument("--dense-learning-rate", type=float, default=3e-4)
     made.add_argument("--metric", help="In place of the task's own.")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--threads", type=int)
     arguments = made.parse_args()
     prepare_process(arguments.threads)
     keep_freed_memory()
-    dense = Dense.of(arguments, arguments.task)
-    for name in arguments.variants.split(";"):
-        with tempfile.TemporaryDirectory() as work, progress_bars() as progress:
-            for line in _lines(dense, name.strip(), arguments, Path(work), progress):
+    with tempfile.TemporaryDirectory() as own, progress_bars() as progress:
+        if arguments.dense_steps:
+            arguments.dense = _finetuned(arguments, Path(own) / "dense", progress)
+        dense = Dense.of(arguments, arguments.task)
+        print(f"dense: {_score(dense, dense.model(), arguments.metric)}", flush=True)
+        for number, name in enumerate(arguments.variants.split(";")):
+            work = Path(own) / str(number)
+            work.mkdir()
+            for line in _lines(dense, name.strip(), arguments, work, progress):
                 print(line, flush=True)
+
+
+def _finetuned(arguments: argparse.Namespace, out: Path, progress: Progress) -> Path:
+    """The directory of a dense model of the task, trained from `arguments.dense`."""
+    settings = Settings(
+        dense_steps=arguments.dense_steps,
+        dense_learning_rate=arguments.dense_learning_rate,
+        seed=arguments.seed,
+        max_length=arguments.max_length,
+        threads=arguments.threads,
+    )
+    finetune(
+        arguments.dense,
+        task=arguments.task,
+        train=arguments.train,
+        dev=arguments.dev,
+        out=out,
+        settings=settings,
+        progress=progress,
+    )
+    return out
 
 
 def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, progress: Progress) -> Iterator[str]:

@@ -118,7 +118,17 @@ def search(
         layers = {weight: probe.layer(weight) for weight in probe.weights}
         read = _batches(_enough(rest, settings, layers), data.pad_id, settings.batch_size)
         require_enough_tokens(layers, read)
-    selector = Selector(probe, source.config, settings, known, judged, progress, solver_of(training.recipe), read)
+    selector = Selector(
+        probe,
+        source.config,
+        settings,
+        known,
+        judged,
+        progress,
+        solver_of(training.recipe),
+        read,
+        bfloat16=wants_bf16(training.precision),
+    )
     with claimed(out, work_dir, replace_any=replace_any) as scratch:
         # Only now: what is refused above leaves nothing behind.
         resumed = take_ownership(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, Solver
@@ -148,7 +149,8 @@ class Selector(WeightOptions):
     `swaps`), or `paper`.
 
     `solver` makes the weights of every candidate for what layers read on the batches `read` (None: those that
-    calibrate); method ``paper`` takes them by magnitude.
+    calibrate); method ``paper`` takes them by magnitude. Whole plans are judged in bfloat16 where `bfloat16` says so;
+    the table, whose divergences are smaller, is always measured in float32.
     """
 
     def __init__(
@@ -161,8 +163,11 @@ class Selector(WeightOptions):
         progress: Progress = silent,
         solver: Solver = SECOND_ORDER,
         read: Batches | None = None,
+        *,
+        bfloat16: bool = False,
     ) -> None:
         super().__init__(probe.family, config, settings)
+        self.bfloat16 = bfloat16
         self.probe, self.progress = probe, progress
         self.calibration, self.held_out = calibration, held_out
         self.latency = self._latencies()
@@ -179,7 +184,7 @@ class Selector(WeightOptions):
             self.one_shot = OneShot(
                 probe, self.statistics, calibration if read is None else read, self.compressed, solver
             )
-            self.reference = [probe.outputs(batch) for batch in held_out]
+            self.reference = self._judged()
         self.sensitivities: list[Sensitivity] = []
         self.losses: dict[str, np.ndarray] = {}  # by measure, (weights, options)
 
@@ -331,7 +336,12 @@ class Selector(WeightOptions):
         """Logits of every held-out batch, with all weights compressed one-shot as chosen."""
         weights = {name: self.one_shot(name, spec) for name, spec in self._specs(choice).items() if not spec.is_dense}
         with self.probe.installed(weights):
-            return [self.probe.outputs(batch) for batch in self.held_out]
+            return self._judged()
+
+    def _judged(self) -> list[Tensor]:
+        """What the model says as it is, float32, for every held-out batch."""
+        with torch.autocast(self.probe.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return [self.probe.outputs(batch).float() for batch in self.held_out]
 
     def _specs(self, choice: Choice) -> dict[str, WeightSpec]:
         specs = {}

@@ -14,7 +14,11 @@ from nxm_export.storage.json_files import convert, read_json
 
 DEFAULT_CANDIDATES = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
-MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and as many again to judge
+MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and samples that judge
+# Held-out samples for one that calibrates. Swaps that 16 judged made a plan worse as often as better: it came to .024
+# (MRPC, seed 0) and .048 (CoLA, seed 2) after training, and to .013 and .028 where 64 judged (docs/research-notes.md).
+JUDGES = 4
+_JUDGING = 0.5  # forward passes of a sample that judges, in training's precision: .4 in bfloat16, 1 in float32
 # Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of
 # the search where training is bfloat16 and the search float32 (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and
 # MRPC), about four where both are float32.
@@ -64,7 +68,10 @@ class SearchSettings:
         },
     )
     held_out: int | None = field(
-        default=None, metadata={OPTION: Option("Samples of train that judge.  [default: as many]", least=1)}
+        default=None,
+        metadata={
+            OPTION: Option(f"Samples of train that judge.  [default: {JUDGES} times as many, at most 256]", least=1)
+        },
     )
     swaps: int = field(default=40, metadata={OPTION: Option(least=0)})
     halving: tuple[int, ...] = field(
@@ -111,11 +118,11 @@ class SearchSettings:
         return sum(option.strip().lower() != "dense" for option in self.candidate_specs)
 
     def passes(self, blocks: int, matrices: int) -> float:
-        """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks
-        with that many matrices each."""
+        """Forward passes that the search takes per calibration sample, with the `JUDGES` held-out ones, for a model of
+        that many blocks with that many matrices each."""
         table = matrices * self.compressing * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
         joint = MIXES + 2 * 3 + self.swaps
-        return table + joint * (1 + len(self.pareto) / 2)
+        return table + JUDGES * _JUDGING * joint * (1 + len(self.pareto) / 2)
 
     def sized(self, blocks: int, matrices: int, available: int, trained: int, solving: float = 0.0) -> SearchSettings:
         """These settings with both numbers of samples, for a model of `blocks` with that many `matrices` each,
@@ -128,8 +135,9 @@ class SearchSettings:
         if self.method == "nxm":
             count = min(count, int((COST_SHARE * trained * _TRAINING_PASSES - solving) / self.passes(blocks, matrices)))
         count = max(2 * MIN_SAMPLES, count)
-        count = min(count, max(MIN_SAMPLES, available // 4))
-        return replace(self, samples=self.samples or count, held_out=self.held_out or count)
+        few = max(MIN_SAMPLES, available // 4)
+        samples = self.samples or min(count, few)
+        return replace(self, samples=samples, held_out=self.held_out or min(MAX_SAMPLES, JUDGES * samples, few))
 
 
 def read_latencies(file: Path) -> dict[str, dict[str, float]]:

@@ -36,10 +36,9 @@ class Probed:
         statistics = self.probe.statistics(batches, 99.99)
         return OneShot(self.probe, statistics, batches, dict.fromkeys(self.probe.weights, specs), solver)
 
-    def selector(self, **settings: Any) -> Selector:
-        return Selector(
-            self.probe, self.source.config, SearchSettings(**settings), self.batches(0, 24), self.batches(24, 56)
-        )
+    def selector(self, *, bfloat16: bool = False, **settings: Any) -> Selector:
+        known, judged = self.batches(0, 24), self.batches(24, 56)
+        return Selector(self.probe, self.source.config, SearchSettings(**settings), known, judged, bfloat16=bfloat16)
 
 
 def probed(directory: Path, family: str = "bert", **sizes: Any) -> Probed:

@@ -81,7 +81,9 @@ def cli() -> None: ...
 @click.option(
     "--search-samples", type=click.IntRange(1), help="Calibration sentences of a search [a tenth of a run's cost]."
 )
-@click.option("--search-held-out", type=click.IntRange(1), help="Train sentences that judge a search [as many].")
+@click.option(
+    "--search-held-out", type=click.IntRange(1), help="Train sentences that judge a search [four times as many]."
+)
 @click.option("--more-text", multiple=True, help="Files of the rows -more-text; `texts` makes one. May be repeated.")
 @click.option("--discard", is_flag=True, help="Remove every compressed checkpoint once its record is written.")
 @_THREADS

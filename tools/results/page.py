@@ -93,7 +93,11 @@ STARTS = ("admm-2:4+W4", "obs-refit-2:4+W4", "obs-2:4+W4", "magnitude-2:4+W4")
 AVERAGED = tuple(f"{row}-averaged" for row in STARTS)
 STRONGER = tuple(row.replace("2:4", "1:4") for row in AVERAGED)
 UNTRAINED = tuple(f"{row}-untrained" for row in STARTS)
-SEARCHED = ("searched-hw-87.5-by-admm-averaged", "searched-hw-87.5")
+SEARCHED = (
+    "searched-hw-87.5-by-admm-judged-by-64-averaged",
+    "searched-hw-87.5-by-admm-averaged",
+    "searched-hw-87.5",
+)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,13 @@ SHOWN = (
     Shown("MiniLM-L6", "admm-1:4+W4-averaged", "1:4, 4-bit weights"),
     Shown(
         "MiniLM-L6",
-        "searched-hw-87.5-by-admm-averaged",
+        "searched-hw-87.5-by-admm-judged-by-64-averaged",
         "a pattern and width per matrix, searched for 87.5 % (`--search 0.875`)",
+    ),
+    Shown(
+        "MiniLM-L6",
+        "searched-hw-87.5-by-admm-averaged",
+        "the same, judged by 16 sentences, as it was by default before",
     ),
     Shown(
         "MiniLM-L6",

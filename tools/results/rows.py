@@ -92,6 +92,7 @@ CHANGES = {  # by what a row's name ends in
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
     "untrained": Change("not trained", {"steps": 0}),
     "thorough": Change("searched with 256 sentences, judged on 256", search={"samples": 256, "held_out": 256}),
+    "judged-by-64": Change("64 sentences judge the search", search={"held_out": 64}),
     "more-text": Change("half of the samples are texts of other sets, without labels", more_text=0.5),
     "much-more-text": Change("80 % of the samples are texts of other sets, without labels", more_text=0.8),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),

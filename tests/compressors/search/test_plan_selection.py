@@ -350,9 +350,31 @@ def test_an_option_that_some_weights_do_not_allow_is_used_by_the_others(
 
 def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
     long, short = (SearchSettings().sized(6, 6, 60_000, trained) for trained in (60_000 * 6, 2_000 * 6))
-    assert (long.samples, long.held_out) == (256, 256)
-    assert short.held_out == short.samples == 16, "less would decide by chance, whatever it costs"
+    assert (long.samples, long.held_out) == (int(COST_SHARE * 2 * 360_000 / long.passes(6, 6)), 256)
+    assert (short.samples, short.held_out) == (16, 64), "less would decide by chance, whatever it costs"
     middle = SearchSettings().sized(6, 6, 8_000, 8_000 * 6)
-    assert middle.samples == int(COST_SHARE * 2 * 48_000 / middle.passes(6, 6)) == 35
-    assert SearchSettings().sized(6, 6, 40, 10**6).samples == 10, "a quarter of little data each"
+    assert (middle.samples, middle.held_out) == (int(COST_SHARE * 2 * 48_000 / middle.passes(6, 6)), 25 * 4)
+    little = SearchSettings().sized(6, 6, 40, 10**6)
+    assert (little.samples, little.held_out) == (10, 10), "a quarter of little data each"
+    given = SearchSettings(samples=30).sized(6, 6, 10**6, 10**6)
+    assert (given.samples, given.held_out) == (30, 120)
+    assert SearchSettings(method="paper").sized(6, 6, 10**6, 10).held_out == 256
     assert SearchSettings(samples=99).sized(6, 6, 10**6, 10**6).samples == 99
+
+
+def test_whole_plans_are_judged_in_bfloat16_where_they_are_trained_in_it(model: Probed, tmp_path: Path) -> None:
+    """bfloat16 keeps 8 bits of a value, so a divergence moves by less than a quarter, and the order of plans that
+    differ much stays. The table is measured in float32 whatever judges."""
+    joint, tables = [], []
+    for bfloat16 in (False, True):
+        selector = model.selector(bfloat16=bfloat16, **SIZES)
+        assert all(outputs.dtype == torch.float32 for outputs in selector.reference)
+        selector.measure_sensitivities(tmp_path / str(bfloat16))
+        tables.append(selector.losses["kl"])
+        few, many = (tuple([option] * len(selector.names)) for option in (3, 0))  # W8; 2:4+W4
+        joint.append([selector.trial("", choice).joint for choice in (few, many)])
+    np.testing.assert_array_equal(*tables)
+    assert joint[0] != joint[1]
+    np.testing.assert_allclose(joint[0][1], joint[1][1], rtol=0.25)
+    for few, many in joint:
+        assert few < many

@@ -38,7 +38,7 @@ from compressors.training.callbacks import (
     JsonLog,
     ProgressCallback,
 )
-from compressors.training.distillation import Student, lighten
+from compressors.training.distillation import Student, known_labels, lighten
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.features import Features, filled, label_array, pad, sorted_batches
@@ -300,16 +300,19 @@ def require_counted_alike(model: nn.Module, data: TaskData, source: str) -> None
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, features: Sequence[Features], pad_id: int, *, batch_size: int = 64) -> float:
-    """Mean task loss of labelled samples, without dropout."""
+    """Mean task loss over all labels that are known, as training has it, without dropout; NaN where none is."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = 0.0
+    total, count = 0.0, 0
     for indices in sorted_batches(features, batch_size):
         batch = collate([features[i] for i in indices], pad_id)
-        total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * len(indices)
+        labels = int(known_labels(batch["labels"], batch["labels"].device))
+        if labels:  # of none, the loss is 0 / 0
+            total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * labels
+            count += labels
     model.train(was_training)
-    return total / len(features)
+    return total / count if count else math.nan
 
 
 def optimizer_of(student: nn.Module, phase: Phase) -> torch.optim.Optimizer:

@@ -9,13 +9,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from compressors.pruning.admm import Admm
+from compressors.quantization.fake_quant import QuantLinear
 from compressors.settings import Settings
 from compressors.training import trainer
+from compressors.training.admm_schedule import AdmmCallback
 from compressors.training.augmentation import augmented
+from compressors.training.callbacks import JsonLog
 from compressors.training.compress import compress, finetune
 from compressors.training.resume import MADE_BY_FILE, take_ownership
-from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.records.train_log import read_train_log
 from nxm_export.errors import ArtifactError
 from nxm_export.progress import Progress, silent
 from tests.support import tiny
@@ -143,3 +150,31 @@ def test_work_of_other_versions_is_refused_and_that_of_another_request_removed(
     assert not take_ownership(work, "another")
     assert not (work / "hours").exists()
     assert take_ownership(work, "another")
+
+
+class EveryOther:
+    """A schedule of dual updates."""
+
+    def penalize(self, admm: Admm, step: int) -> None: ...
+
+    def updates_at(self, step: int) -> bool:
+        return step % 2 == 0
+
+
+def test_a_resumed_phase_watches_at_the_dual_updates_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    layer = QuantLinear(nn.Linear(8, 8), WeightSpec.parse("2:4"), "w")
+    arguments, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
+
+    def watched(begin: int) -> set[int]:
+        log = JsonLog(tmp_path / f"{begin}.jsonl", "admm")
+        callback = AdmmCallback(Admm.of({"w": layer}, "mask", 0.5, warm_dual=False), EveryOther(), log, lambda: 0.25)
+        callback.on_train_begin(arguments, TrainerState(global_step=begin), control)
+        for step in range(begin + 1, 41):
+            callback.on_step_end(arguments, TrainerState(global_step=step), control)
+        lines = read_train_log(log.file)
+        return {line.step for line in lines if line.projected_loss is not None}
+
+    whole = watched(0)
+    assert len(whole) > 3
+    for begin in (1, 2, 13, 20):
+        assert watched(begin) == {step for step in whole if step > begin}

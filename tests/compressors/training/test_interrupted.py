@@ -85,7 +85,11 @@ def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(
     assert resumed["value"] == whole[1]["value"]
     for name in ("model.safetensors", "nxm_scales.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (whole[0] / name).read_bytes()
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "train_log.jsonl").read_text().splitlines()]
+    lines, uninterrupted = (
+        [json.loads(line) for line in (checkpoint / "train_log.jsonl").read_text().splitlines()]
+        for checkpoint in (tmp_path / "killed", whole[0])
+    )
+    assert [line for line in lines if "residual" in line] == [line for line in uninterrupted if "residual" in line]
     assert len({(line["phase"], line["step"], "residual" in line) for line in lines}) == len(lines)  # nothing twice
     assert not (tmp_path / ".killed.work").exists()
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from compressors.settings import Settings
 from nxm_export.errors import ArtifactError
+from nxm_export.progress import silent
 from tools.results import tasks
-from tools.results.store import in_turn
+from tools.results.run import Measure, Protocol, Teacher
+from tools.results.store import TaskStore, in_turn
 
 COLA = tasks.task_named("cola")
 
@@ -72,3 +76,37 @@ def test_of_two_at_once_the_second_waits_and_says_so(tmp_path: Path) -> None:
         seen.append("first")
     thread.join(10)
     assert seen == ["first", "second"]
+
+
+def test_one_of_two_commands_trains_the_dense_model_that_both_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Path] = []
+    waits, inside = threading.Event(), threading.Event()
+
+    def finetune(model: Path, *, out: Path, **_: object) -> None:
+        trained.append(out)
+        inside.set()
+        assert waits.wait(10), "the other command does not wait"
+        out.mkdir()
+        for name in ("metrics.json", "model.safetensors"):
+            (out / name).write_text(name)
+
+    monkeypatch.setattr("tools.results.run.finetune", finetune)
+    monkeypatch.setattr("tools.results.run.say", lambda text: waits.set() if text.startswith("waiting for") else None)
+    files = kept(tmp_path / "data", glue(tmp_path / "glue", "good"))
+    protocol = Protocol(tmp_path / "model", "tiny", Settings(), [(1e-4, 3.0)])
+    started: list[Teacher] = []
+
+    def command() -> None:
+        store = TaskStore(tmp_path / "results", COLA)
+        started.append(Measure(store, files, protocol, tmp_path / "work", lambda: nullcontext(silent))._teacher(0))
+
+    first, second = (threading.Thread(target=command) for _ in range(2))
+    first.start()
+    assert inside.wait(10)
+    second.start()
+    for thread in (first, second):
+        thread.join(20)
+    assert len(trained) == 1
+    assert [teacher.path for teacher in started] == [trained[0], trained[0]]

@@ -33,12 +33,9 @@ if TYPE_CHECKING:
     from engines.predictor import Predictor
     from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
+    from nxm_export.api.engine_functions import bench, bench_text, build, compare, predict, serve, triton
     from nxm_export.api.functions import (
-        bench,
-        bench_text,
-        build,
         card,
-        compare,
         compress,
         diagnose,
         doctor,
@@ -47,13 +44,10 @@ if TYPE_CHECKING:
         finetune,
         inspect,
         pack,
-        predict,
         report,
         run,
         search,
-        serve,
         show,
-        triton,
         unpack,
         verify,
     )
@@ -109,23 +103,13 @@ _HOMES = {
     ),
     **dict.fromkeys(
         (
-            *("run", "compress", "search", "export", "verify", "build", "compare", "bench", "bench_text", "predict"),
-            *(
-                "finetune",
-                "pack",
-                "unpack",
-                "inspect",
-                "doctor",
-                "estimate",
-                "show",
-                "report",
-                "card",
-                "serve",
-                "triton",
-            ),
-            "diagnose",
+            *("run", "estimate", "finetune", "compress", "search", "export", "verify", "pack", "unpack"),
+            *("inspect", "doctor", "diagnose", "show", "report", "card"),
         ),
         "nxm_export.api.functions",
+    ),
+    **dict.fromkeys(
+        ("build", "compare", "predict", "bench", "bench_text", "serve", "triton"), "nxm_export.api.engine_functions"
     ),
     **dict.fromkeys(("PlanOptions", "Default"), "nxm_export.api.requests"),
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),

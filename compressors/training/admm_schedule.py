@@ -85,6 +85,12 @@ class AdmmCallback(TrainerCallback):
         self.admm, self.schedule, self.log, self.projected_loss = admm, schedule, log, projected_loss
         self.updates = 0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Count the dual updates of a resumed phase that are done: which ones are watched depends on it."""
+        self.updates = sum(self.schedule.updates_at(step) for step in range(1, state.global_step + 1))
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:

@@ -43,7 +43,7 @@ from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.contract.tasks import Task, task_named
 from nxm_export.data.columns import Columns
 from nxm_export.data.features import group_array, label_array
-from nxm_export.data.metrics import interval, metric_named, paired_interval, scored_units
+from nxm_export.data.metrics import ScoredOutputs
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
@@ -215,15 +215,14 @@ def _dev_logits(model: nn.Module, data: TaskData, progress: Progress) -> np.ndar
 
 def _scores(logits: np.ndarray, data: TaskData) -> Scores:
     """The task metric of all dev samples, with its 95 % bootstrap interval, and the task's further metrics."""
-    task, labels, names, groups = data.task, label_array(data.dev), data.classes or (), group_array(data.dev)
+    task = data.task
+    scored = ScoredOutputs(logits, label_array(data.dev), data.classes or (), group_array(data.dev))
     return Scores(
         metric=task.metric,
-        value=finite(metric_named(task.metric, names, groups)(logits, labels)),
-        interval=finite_interval(*interval(task.metric, logits, labels, classes=names, groups=groups)),
-        dev_samples=scored_units(task.metric, logits, labels, names, groups),
-        secondary_metrics={
-            name: finite(metric_named(name, names, groups)(logits, labels)) for name in task.secondary_metrics
-        },
+        value=finite(scored.value(task.metric)),
+        interval=finite_interval(*scored.interval(task.metric)),
+        dev_samples=scored.units(task.metric),
+        secondary_metrics={name: finite(scored.value(name)) for name in task.secondary_metrics},
     )
 
 
@@ -247,9 +246,9 @@ def _embedding_cost(model: nn.Module, logits: np.ndarray, data: TaskData, progre
     for embedding in embeddings:
         embedding.rounds = True
     metric, labels, names, groups = data.task.metric, label_array(data.dev), data.classes or (), group_array(data.dev)
-    value = metric_named(metric, names, groups)
-    low, high = paired_interval(metric, before, logits, labels, classes=names, groups=groups)
-    drop = 100 * (value(before, labels) - value(logits, labels))
+    unrounded, rounded = (ScoredOutputs(outputs, labels, names, groups) for outputs in (before, logits))
+    low, high = unrounded.interval_against(rounded, metric)
+    drop = 100 * (unrounded.value(metric) - rounded.value(metric))
     return _EmbeddingCost(finite(drop), finite_interval(100 * low, 100 * high))
 
 

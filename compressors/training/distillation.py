@@ -44,19 +44,27 @@ class Student(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Loss and logits of a padded batch with ``labels``."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if self.losses.task == 0 or _without_labels(batch.get("labels")):
+        real = batch["attention_mask"].bool()
+        labels = known_labels(batch.get("labels"), real.device)
+        # Whatever losses this part of a batch has: every process has to ask.
+        of_labels, of_tokens = mean_shares(torch.stack([labels, real.sum()]))
+        if self.losses.task == 0 or not labels:
             batch = inputs  # of no label at all the task's loss is 0 / 0
         # First: what the teacher needs on its way is free again before the student keeps its activations.
         taught = self._asked(inputs) if self._teacher else None
         deep = taught is not None and self.losses.hidden > 0
         output = self.model(**batch, output_hidden_states=deep)
-        loss = output.logits.new_zeros(()) if output.loss is None else self.losses.task * output.loss
+        if output.loss is not None:
+            loss = self.losses.task * of_labels * output.loss
+        elif self.losses.task:
+            loss = 0.0 * output.logits.sum()  # it has a gradient, which the other processes wait for
+        else:
+            loss = output.logits.new_zeros(())
         if taught is not None:
-            ours, theirs = output.logits, taught.logits
+            ours, theirs, share = output.logits, taught.logits, torch.ones_like(of_tokens)
             if ours.dim() == 3 and self._by_token:  # (batch, sequence, classes): padding says nothing
-                real = batch["attention_mask"].bool()
-                ours, theirs = ours[real], theirs[real]
-            loss = loss + self.losses.logits * self._output_loss(ours, theirs)
+                ours, theirs, share = ours[real], theirs[real], of_tokens
+            loss = loss + self.losses.logits * share * self._output_loss(ours, theirs)
             if deep:
                 loss = loss + self.losses.hidden * hidden_loss(output.hidden_states, taught.hidden, taught.rows)
         return {"loss": loss, "logits": output.logits}
@@ -76,9 +84,27 @@ class Student(nn.Module):
             return Taught(output.logits, [tokens_of(states_of_one, rows) for states_of_one in states], rows)
 
 
-def _without_labels(labels: Tensor | None) -> bool:
-    """Whether no sample of a batch has a class: a process's part of a batch, or a batch of one, may be of none."""
-    return labels is not None and not labels.is_floating_point() and not bool((labels != NO_LABEL).any())
+def known_labels(labels: Tensor | None, device: torch.device) -> Tensor:
+    """How many labels the task's loss is the mean over, int64 (): of classes those that are known, of scores all.
+
+    A process's part of a batch, or a batch of one, may have none.
+    """
+    if labels is None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    if labels.is_floating_point():
+        return torch.tensor(labels.numel(), device=device)
+    return (labels != NO_LABEL).sum()
+
+
+def mean_shares(counts: Tensor) -> Tensor:
+    """What to multiply this process's means with, float32 (means,); `counts` int64 (means,) says of how many each is.
+
+    Under ``torchrun`` gradients are averaged over processes. That is the gradient of the whole batch's mean only where
+    one that holds more counts for more. With one process all are 1.
+    """
+    if world_size() == 1:
+        return torch.ones_like(counts, dtype=torch.float32)
+    return (counts * world_size() / summed(counts).clamp(min=1)).float()
 
 
 @dataclass(frozen=True)

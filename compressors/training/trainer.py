@@ -12,6 +12,7 @@ The Trainer brings accumulation, mixed precision, logging, checkpoints and ``tor
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import shutil
@@ -38,7 +39,8 @@ from compressors.training.callbacks import (
     JsonLog,
     ProgressCallback,
 )
-from compressors.training.distillation import Student, lighten
+from compressors.training.distillation import Student, known_labels, lighten
+from compressors.training.resume import pin
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.features import Features, filled, label_array, pad, sorted_batches
@@ -134,16 +136,20 @@ def run_phase(
 ) -> None:
     """Train `model` in place for one phase.
 
-    Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded.
+    Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded. Raises
+    `ArtifactError` where what is there was begun with other samples, in another order, or in another way.
     """
     set_seed(data.seed)
     directory, finished = data.work_dir / phase.name, data.work_dir / f"{phase.name}.safetensors"
     student = Student(model, phase.losses, teacher, admm, data.output_kind)
+    features, order = _samples(phase, data)
+    resume = _newest_complete(directory)
+    begun = finished.is_file() or resume is not None
+    pin(data.work_dir / f"{phase.name}.json", _facts(phase, data, features, order), begun=begun)
     if finished.is_file():
         student.load_state_dict(load_file(finished))
         data.progress(phase.name, phase.steps, phase.steps)
         return
-    resume = _newest_complete(directory)
     arguments = training_arguments(phase, directory, data.seed, data.precision)
     # Scales of weights that the forward pass leaves in float have no gradient, and DDP wants to be told.
     arguments.ddp_find_unused_parameters = any(
@@ -157,11 +163,6 @@ def run_phase(
         student.averages = AveragedWeights(model, phase.average * phase.steps)
         callbacks.append(AverageCallback(student.averages))
     _require_space(student, phase, data.work_dir)
-    features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
-    if data.augment:
-        features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
-    if data.more_text:
-        features, order = mixed(features, order, data.more_text, phase.batch_size, data.more_share, data.seed)
     log = JsonLog(data.work_dir / TRAIN_LOG_FILE, phase.name)
     trainer = Trainer(
         model=student,
@@ -184,6 +185,29 @@ def run_phase(
             partial.replace(finished)
         shutil.rmtree(directory, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _samples(phase: Phase, data: PhaseData) -> tuple[Sequence[Features], list[int]]:
+    """(samples, their order) of a whole phase, with distorted samples and those of more text among them."""
+    features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
+    if data.augment:
+        features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
+    if data.more_text:
+        features, order = mixed(features, order, data.more_text, phase.batch_size, data.more_share, data.seed)
+    return features, order
+
+
+def _facts(phase: Phase, data: PhaseData, features: Sequence[Features], order: Sequence[int]) -> dict[str, str]:
+    """What a phase's weights depend on, by name: a checkpoint of one that differs in it is not gone on from."""
+    digest = hashlib.sha256(np.array(order, np.int64).tobytes())
+    for sample in features:
+        digest.update(np.array(sample["input_ids"], np.int64).tobytes())
+    return {
+        "order of samples": digest.hexdigest()[:16],
+        "precision": "bf16" if wants_bf16(data.precision) else "fp32",
+        "output": data.output_kind,
+        **{name: str(value) for name, value in vars(phase).items()},
+    }
 
 
 def _require_space(student: nn.Module, phase: Phase, work_dir: Path) -> None:
@@ -300,16 +324,19 @@ def require_counted_alike(model: nn.Module, data: TaskData, source: str) -> None
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, features: Sequence[Features], pad_id: int, *, batch_size: int = 64) -> float:
-    """Mean task loss of labelled samples, without dropout."""
+    """Mean task loss over all labels that are known, as training has it, without dropout; NaN where none is."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = 0.0
+    total, count = 0.0, 0
     for indices in sorted_batches(features, batch_size):
         batch = collate([features[i] for i in indices], pad_id)
-        total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * len(indices)
+        labels = int(known_labels(batch["labels"], batch["labels"].device))
+        if labels:  # of none, the loss is 0 / 0
+            total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * labels
+            count += labels
     model.train(was_training)
-    return total / len(features)
+    return total / count if count else math.nan
 
 
 def optimizer_of(student: nn.Module, phase: Phase) -> torch.optim.Optimizer:

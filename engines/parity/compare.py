@@ -74,7 +74,7 @@ from nxm_export.contract.tasks import TASKS, Task
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS, rows_within
 from nxm_export.data.features import Features, group_array, label_array
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
-from nxm_export.data.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
+from nxm_export.data.metrics import ScoredOutputs, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask
 from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
 from nxm_export.storage.atomic import write_atomic
@@ -136,7 +136,7 @@ def compare_all(
             reference = references[part.key] = _measure(checkpoint, part, samples)
             if numbered:
                 rows = rows_to_look_at(len(samples.labels))
-                logits = samples.scored(reference.outputs)[rows]
+                logits = scored_outputs(samples.task, reference.outputs)[rows]
                 require_label_order(logits, samples.labels[rows], samples.spec.labels, "the data")
         runs.append(_run(part, references[part.key], samples))
     reports = []
@@ -226,22 +226,8 @@ class _Samples:
         lengths = self.lengths if per_token(self.spec, output) else None
         return Reading(self.task.output_kind, lengths, self.allowed)
 
-    def scored(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        return scored_outputs(self.task, outputs)
-
-    def score(self, metric: str, scored: np.ndarray) -> float:
-        """NaN for outputs with a NaN."""
-        return metric_named(metric, self.spec.labels, self.groups)(scored, self.labels)
-
-    def interval(self, scored: np.ndarray) -> tuple[float, float] | None:
-        return _interval(interval(self.task.metric, scored, self.labels, classes=self.spec.labels, groups=self.groups))
-
-    def paired_interval(self, scored: np.ndarray, reference: np.ndarray) -> tuple[float, float] | None:
-        return _interval(
-            paired_interval(
-                self.task.metric, scored, reference, self.labels, classes=self.spec.labels, groups=self.groups
-            )
-        )
+    def scored(self, outputs: Mapping[str, np.ndarray]) -> ScoredOutputs:
+        return ScoredOutputs(scored_outputs(self.task, outputs), self.labels, self.spec.labels, self.groups)
 
 
 def _require_askable(gates: Sequence[Gate], samples: _Samples) -> None:
@@ -400,13 +386,12 @@ def _report(
         for name, expectation in run.reference.expectations.items()
     )
     scores = {
-        name: (samples.score(name, scored_reference), samples.score(name, scored))
-        for name in (metric, *samples.task.secondary_metrics)
+        name: (scored_reference.value(name), scored.value(name)) for name in (metric, *samples.task.secondary_metrics)
     }
     of_reference, of_engine = scores[metric]
     quantities = {**beforehand, **_quantities(outputs, scores, metric)}
     if samples.task.output_kind == "vector":
-        quantities["cosine"] = float(cosines(scored_reference, scored).min())
+        quantities["cosine"] = float(cosines(scored_reference.outputs, scored.outputs).min())
     checked = tuple(check_gate(gate, quantities) for gate in gates)
     return ParityReport(
         passed=verdict(outputs, run.probes, checked),
@@ -417,12 +402,12 @@ def _report(
         outputs=outputs,
         metric=metric,
         reference_value=of_reference,
-        reference_interval=samples.interval(scored_reference),
+        reference_interval=_interval(scored_reference.interval(metric)),
         engine_value=_number(of_engine),
-        engine_interval=samples.interval(scored),
+        engine_interval=_interval(scored.interval(metric)),
         reason=_tolerance_text(part),
         difference=_number(of_engine - of_reference),
-        difference_interval=samples.paired_interval(scored, scored_reference),
+        difference_interval=_interval(scored.interval_against(scored_reference, metric)),
         secondary_metrics={
             name: (_number(theirs), _number(ours)) for name, (theirs, ours) in scores.items() if name != metric
         },
@@ -462,8 +447,8 @@ def _pairs(run: _Run, other: _Run, samples: _Samples) -> list[Pair]:
     """The outputs of an engine against those of another one."""
     scored, scored_other = samples.scored(run.outputs), samples.scored(other.outputs)
     metric = samples.task.metric
-    difference = _number(samples.score(metric, scored) - samples.score(metric, scored_other))
-    difference_interval = samples.paired_interval(scored, scored_other)
+    difference = _number(scored.value(metric) - scored_other.value(metric))
+    difference_interval = _interval(scored.interval_against(scored_other, metric))
     pairs = []
     for name, actual in run.outputs.items():
         apart = distance(other.outputs[name], actual)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
-from nxm_export.api import functions
+from nxm_export.api import engine_functions, functions
 from nxm_export.api.requests import DEFAULT, Default, PlanOptions
 from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET, WEIGHT_STORAGE
 from nxm_export.contract.io_spec import load_spec
@@ -184,7 +184,7 @@ class Graph(Generic[P_co]):
     ) -> EngineDirectory[P_co]:
         """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, ``cusparselt``, or ``auto``,
         the fastest here (see `nxm_export.build`)."""
-        functions.build(self.path, out, backend=backend, options=options)
+        engine_functions.build(self.path, out, backend=backend, options=options)
         return EngineDirectory(out)
 
 
@@ -209,7 +209,7 @@ class EngineDirectory(Generic[P_co]):
         columns: Columns = Columns(),
     ) -> Comparison:
         """Compare with the checkpoint on labelled data; see `nxm_export.compare`."""
-        return functions.compare([self.path], data, checkpoint=checkpoint, gates=gates, columns=columns)
+        return engine_functions.compare([self.path], data, checkpoint=checkpoint, gates=gates, columns=columns)
 
     def predict(
         self,
@@ -223,7 +223,7 @@ class EngineDirectory(Generic[P_co]):
     ) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
         answer many calls, keep a `Predictor`."""
-        predicted = functions.predict(
+        predicted = engine_functions.predict(
             self.path, texts, batch=batch, threads=threads, hint=hint, gate=gate, expect_sha256=expect_sha256
         )
         return cast("list[P_co]", predicted)
@@ -236,7 +236,7 @@ class EngineDirectory(Generic[P_co]):
         threads: int | None = None,
     ) -> BenchReport:
         """Time it at shapes of (batch, sequence); see `nxm_export.bench`."""
-        return functions.bench([self.path], shapes, rounds=rounds, threads=threads)
+        return engine_functions.bench([self.path], shapes, rounds=rounds, threads=threads)
 
 
 @overload

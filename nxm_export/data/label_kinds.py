@@ -105,7 +105,7 @@ def load_labelled(
         if kind.names is None:
             return raw
         mapped = _mapped(_without_hot_rows(raw), columns.label_map)
-        return _without_unlabelled(mapped, {*columns.label_map.values(), *(head or ())})
+        return _without_unlabelled(mapped, {*columns.label_map.values(), *_as_labels(head or ())})
     if columns.pair is not None:
         raise DataError(f"{source}: task {task.name} takes one text; drop --pair-column")
     return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
@@ -138,7 +138,7 @@ def classes_of(raw: RawExamples, task: Task, head: Sequence[str] | None) -> Clas
     if head is None:
         names = tuple(kind.names(raw))
         return Classes(names, index_of(names))
-    by_name = index_of(head)
+    by_name = _as_labels(head)
     used = _used(raw) - ({*NO_CLASS} if kind.per_token else set())
     if kind.per_token:
         by_name = {**{tag: by_name[form] for tag in used for form in _forms(tag)[::-1] if form in by_name}, **by_name}
@@ -148,6 +148,13 @@ def classes_of(raw: RawExamples, task: Task, head: Sequence[str] | None) -> Clas
         shown = ", ".join(f"{i} is {name!r}" for i, name in enumerate(head[:10])) + ", ..." * (len(head) > 10)
         notice(f"{raw.source}: labels are numbers, taken for those of the model's classes: {shown}")
     return Classes(tuple(head), by_number if numbered else by_name, numbered)
+
+
+def _as_labels(head: Sequence[str]) -> dict[str, int]:
+    """Indices of a head's classes by what a label of them may be: the name, and of one such as ``1.00`` the number that
+    data is read as."""
+    names, numbers = index_of(head), {without_point(name.strip()): i for i, name in enumerate(head)}
+    return names if len(numbers) < len(head) else {**names, **numbers, **names}  # the names first, where they are shown
 
 
 def labelled(raw: RawExamples, task: Task, classes: Classes | None) -> Examples:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -191,14 +192,7 @@ def metric_named(name: str, classes: Sequence[str] = (), groups: Groups = None) 
     if name not in METRICS and name not in ROW_METRICS:
         raise DataError(f"unknown metric {name!r}; choose one of {', '.join([*METRICS, *ROW_METRICS])}")
 
-    def value(outputs: np.ndarray, labels: np.ndarray) -> float:
-        if np.isnan(outputs).any():
-            return math.nan
-        if name in METRICS:
-            return METRICS[name](outputs, labels)
-        return ROW_METRICS[name].value(ROW_METRICS[name].rows(outputs, labels, classes, groups))
-
-    return value
+    return lambda outputs, labels: ScoredOutputs(outputs, labels, classes, groups).value(name)
 
 
 def interval(
@@ -210,17 +204,7 @@ def interval(
     groups: Groups = None,
 ) -> tuple[float, float]:
     """95 % bootstrap interval of a metric over samples, or over `groups` of them; NaN for fewer than `LEAST_UNITS`."""
-    if np.isnan(outputs).any():
-        return math.nan, math.nan
-    units, value = _resampled(name, outputs, labels, classes, groups)
-    return _interval(units, value, seed)
-
-
-def scored_units(
-    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
-) -> int:
-    """How many samples, or `groups` of them, a metric scores: without the queries that have nothing to rank."""
-    return _resampled(name, outputs, labels, classes, groups)[0]
+    return ScoredOutputs(outputs, labels, classes, groups).interval(name, seed)
 
 
 def paired_interval(
@@ -234,11 +218,78 @@ def paired_interval(
 ) -> tuple[float, float]:
     """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples, or over
     `groups`; NaN for fewer than `LEAST_UNITS`."""
-    if np.isnan(outputs).any() or np.isnan(reference).any():
-        return math.nan, math.nan
-    units, ours = _resampled(name, outputs, labels, classes, groups)
-    _, theirs = _resampled(name, reference, labels, classes, groups)
-    return _interval(units, lambda pick: ours(pick) - theirs(pick), seed)
+    ours, theirs = (ScoredOutputs(each, labels, classes, groups) for each in (outputs, reference))
+    return ours.interval_against(theirs, name, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredOutputs:
+    """Outputs (samples, ...) of a model with all that its metrics need.
+
+    What a metric makes of the samples is made once, for its value, its interval and its count, and for other metrics
+    that read the same: of answers, it takes a while.
+    """
+
+    outputs: np.ndarray
+    labels: np.ndarray
+    classes: Sequence[str] = ()
+    groups: Groups = None
+
+    def value(self, name: str) -> float:
+        """A metric by its name; NaN for outputs with a NaN."""
+        if self._undefined:
+            return math.nan
+        if name in METRICS:
+            return METRICS[name](self.outputs, self.labels)
+        return ROW_METRICS[name].value(self._rows(name))
+
+    def units(self, name: str) -> int:
+        """How many samples, or groups of them, a metric scores: without the queries that have nothing to rank."""
+        return self._resampled(name)[0]
+
+    def interval(self, name: str, seed: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of a metric over samples, or over groups of them; NaN for fewer than
+        `LEAST_UNITS`, and for outputs with a NaN."""
+        if self._undefined:
+            return math.nan, math.nan
+        return _interval(*self._resampled(name), seed)
+
+    def interval_against(self, reference: ScoredOutputs, name: str, seed: int = 0) -> tuple[float, float]:
+        """The same of the difference to the metric of `reference`, outputs for the same samples."""
+        if self._undefined or reference._undefined:
+            return math.nan, math.nan
+        (units, ours), (_, theirs) = self._resampled(name), reference._resampled(name)
+        return _interval(units, lambda pick: ours(pick) - theirs(pick), seed)
+
+    @cached_property
+    def _undefined(self) -> bool:
+        return bool(np.isnan(self.outputs).any())
+
+    @cached_property
+    def _made(self) -> dict[object, np.ndarray]:
+        return {}
+
+    def _rows(self, name: str) -> np.ndarray:
+        make = ROW_METRICS[name].rows
+        if make not in self._made:
+            self._made[make] = make(self.outputs, self.labels, self.classes, self.groups)
+        return self._made[make]
+
+    def _resampled(self, name: str) -> tuple[int, Callable[[np.ndarray], float]]:
+        """(how many units are scored, the metric of the units at given indices)."""
+        if name in ROW_METRICS:
+            rows, value = self._rows(name), ROW_METRICS[name].value
+            return len(rows), lambda pick: value(rows[pick])
+        metric, outputs, labels = metric_named(name), self.outputs, self.labels
+        if self.groups is None:
+            return len(labels), lambda pick: metric(outputs[pick], labels[pick])
+        units = [np.array(unit) for unit in members(list(self.groups), len(labels))]
+
+        def of_units(pick: np.ndarray) -> float:
+            samples = np.concatenate([units[i] for i in pick])
+            return metric(outputs[samples], labels[samples])
+
+        return len(units), of_units
 
 
 def one_class(name: str, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -263,25 +314,6 @@ def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (),
     outside = classes.index(OUTSIDE) if OUTSIDE in classes else -1
     if name == "entity_f1" and not ((labels >= 0) & (labels != outside)).any():
         raise DataError(f"{source}: no token belongs to an entity, so entity F1 is 0 whatever is predicted")
-
-
-def _resampled(
-    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: Groups
-) -> tuple[int, Callable[[np.ndarray], float]]:
-    """(how many units are scored, the metric of the units at given indices)."""
-    if name in ROW_METRICS:
-        rows, value = ROW_METRICS[name].rows(outputs, labels, classes, groups), ROW_METRICS[name].value
-        return len(rows), lambda pick: value(rows[pick])
-    metric = metric_named(name)
-    if groups is None:
-        return len(labels), lambda pick: metric(outputs[pick], labels[pick])
-    units = [np.array(unit) for unit in members(list(groups), len(labels))]
-
-    def of_units(pick: np.ndarray) -> float:
-        samples = np.concatenate([units[i] for i in pick])
-        return metric(outputs[samples], labels[samples])
-
-    return len(units), of_units
 
 
 def _interval(units: int, value: Callable[[np.ndarray], float], seed: int) -> tuple[float, float]:

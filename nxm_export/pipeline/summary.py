@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.records.checkpoint_metrics import (
     METRICS_FILE,
@@ -72,8 +72,10 @@ def summarize(
     files = sorted(directory.path("bench").glob("*.json"), key=lambda file: file.name != BENCH_FILE)
     benches = {file.stem: read_bench_report(file) for file in files}
     reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in engines.compared}
-    interval, likeness = _against_dense(directory, dense.metric, chosen.name, YARDSTICK)
-    blind = _one_class(directory, dense.metric, YARDSTICK)
+    spec = load_spec(directory.path("onnx", "cpu"))
+    ours, theirs = (_outputs(directory, name) for name in (chosen.name, YARDSTICK))
+    interval, likeness = _against_dense(spec, dense.metric, ours, theirs)
+    blind = _one_class(spec, dense.metric, theirs)
     rtx = next((name for name in engines.graphs if name == f"{AHEAD_OF_TIME}-fp16-{kind_of(plan)}"), None)
     return RunSummary(
         metric=dense.metric,
@@ -134,17 +136,23 @@ def _other_versions(directory: RunDir) -> dict[str, dict[str, str]]:
     return {stage: versions for stage, versions in others.items() if versions}
 
 
-def _against_dense(
-    directory: RunDir, metric: str, main: str, reference: str
-) -> tuple[tuple[float | None, float | None], Likeness | None]:
-    """(paired 95 % interval of the compressed minus the dense metric, how alike their embeddings are)."""
+def _outputs(directory: RunDir, engine: str) -> dict[str, np.ndarray]:
+    """What an engine said on dev, by output, and the labels beside it."""
     from engines.parity.compare import OUTPUTS_FILE
+
+    with np.load(directory.path("compare", engine, OUTPUTS_FILE)) as file:
+        return dict(file)
+
+
+def _against_dense(
+    spec: IOSpec, metric: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> tuple[tuple[float | None, float | None], Likeness | None]:
+    """(paired 95 % interval of the compressed minus the dense metric, how alike their embeddings are), from the outputs
+    of both."""
     from engines.parity.decisions import cosines
     from nxm_export.data.metrics import paired_interval, scored_outputs
 
-    spec = load_spec(directory.path("onnx", "cpu"))
     task = TASKS[spec.task]
-    ours, theirs = (np.load(directory.path("compare", name, OUTPUTS_FILE)) for name in (main, reference))
     low, high = paired_interval(
         metric,
         scored_outputs(task, ours),
@@ -160,16 +168,15 @@ def _against_dense(
     return (finite(low), finite(high)), Likeness(float(alike.mean()), float(alike.min()))
 
 
-def _one_class(directory: RunDir, metric: str, reference: str) -> OneClass | None:
-    """What one class for every sample reaches, against the dense model; None where a sample has not one class."""
-    from engines.parity.compare import OUTPUTS_FILE
+def _one_class(spec: IOSpec, metric: str, outputs: Mapping[str, np.ndarray]) -> OneClass | None:
+    """What one class for every sample reaches, against the `outputs` of the dense model; None where a sample has not
+    one class."""
     from nxm_export.data.metrics import metric_named, one_class, paired_interval
 
-    spec = load_spec(directory.path("onnx", "cpu"))
-    if TASKS[spec.task].label != "class":
+    task = TASKS[spec.task]
+    if task.label != "class":
         return None
-    outputs = np.load(directory.path("compare", reference, OUTPUTS_FILE))
-    dense, labels = outputs[next(iter(TASKS[spec.task].outputs))], outputs["labels"]
+    dense, labels = outputs[next(iter(task.outputs))], outputs["labels"]
     blind = one_class(metric, labels, dense.shape[-1])
     low, high = paired_interval(metric, dense, blind, labels)
     label = spec.labels[int(blind[0].argmax())]

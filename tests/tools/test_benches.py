@@ -15,6 +15,7 @@ from nxm_export.storage.json_files import as_object, as_objects
 from tools import ROOT
 from tools.benchmarks import attention, base_size, cpu, file_sizes, int4, scaling, training
 from tools.benchmarks.measuring import DOCUMENT, fitted_exponent, load_record, paired_ratio
+from tools.benchmarks.training_section import Record
 from tools.rendering import read_section, write_section
 
 
@@ -55,7 +56,7 @@ def test_a_record_of_another_form_is_refused_by_file_and_field(tmp_path: Path) -
     as_objects(record["steps"])[0]["batch"] = "32"
     (tmp_path / "other.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"other\.json: steps\[0\]\.batch: Expected `int`.*restore it, or measure"):
-        load_record(tmp_path / "other.json", training.Record)
+        load_record(tmp_path / "other.json", Record)
 
 
 def test_ratios_are_paired_within_rounds() -> None:

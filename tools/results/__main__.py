@@ -96,11 +96,15 @@ def run(**options: Unpack[RunOptions]) -> None:
 
     task, rows = tasks.task_named(options["task_name"]), rows_named(options["row_names"])
     seeds = [_whole(seed, "--seeds") for seed in _numbers(options["seeds"], "--seeds")]
-    files = tasks.prepare(task, options["data"], options["work"] / task.name / "data")
+    files = _files(task, options["data"], options["work"])
     protocol = _protocol(task, options)
     store = TaskStore(options["results"], task)
     measured = Measure(store, files, protocol, options["work"], progress_bars).run(rows, seeds)
     say(f"{measured} measured, {len(rows) * len(seeds) - measured} were there")
+
+
+def _files(task: tasks.Task, data: Path | None, work: Path) -> tasks.TaskFiles:
+    return tasks.kept(work / task.name / "data", lambda out: tasks.prepare(task, data, out))
 
 
 def _protocol(task: tasks.Task, options: RunOptions) -> Protocol:
@@ -147,7 +151,7 @@ def _protocol(task: tasks.Task, options: RunOptions) -> Protocol:
 def texts(task_name: str, data: Path | None, sources: tuple[Path, ...], whole: bool, out: Path, work: Path) -> None:
     """Collect texts of other sets for --more-text: none has to do with what the task is judged on, or is known."""
     task = tasks.task_named(task_name)
-    files = tasks.prepare(task, data, work / task.name / "data")
+    files = _files(task, data, work)
     left, all_ = tasks.other_texts(files, sources, out, whole=whole)
     click.echo(f"{out}: {left} of {all_} texts")
 

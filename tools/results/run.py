@@ -65,7 +65,7 @@ from tools.results.records import (
 )
 from tools.results.rows import Row
 from tools.results.statistics import percentiles
-from tools.results.store import TaskStore
+from tools.results.store import TaskStore, in_turn
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 Bars = Callable[[], contextlib.AbstractContextManager[Progress]]
@@ -200,8 +200,13 @@ class Measure:
         return plan, SearchFacts(result.method, result.budget, result.best, result.samples, result.cost)
 
     def _teacher(self, seed: int) -> Teacher:
-        """The dense model of a seed, trained if it is not there; every row of the seed starts from it."""
+        """The dense model of a seed, trained if it is not there; every row of the seed starts from it. Of commands that
+        run at once one trains it, and the others wait."""
         settings = self._dense_settings(seed)
+        with in_turn(self._directory(seed), lambda: say(f"waiting for the dense model of seed {seed}")):
+            return self._trained(seed, settings)
+
+    def _trained(self, seed: int, settings: Settings) -> Teacher:
         made_by = DenseNote(self.protocol.model_name, self.files.digest, _json(settings.dense_part()))
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
@@ -220,7 +225,11 @@ class Measure:
 
     def _dense_settings(self, seed: int) -> Settings:
         grid = self.protocol.grid
-        rate, epochs = grid[0] if len(grid) == 1 else self._choose(grid)
+        if len(grid) == 1:
+            rate, epochs = grid[0]
+        else:
+            with in_turn(self.work / "grid", lambda: say(f"waiting for the dense grid of {self.task.name}")):
+                rate, epochs = self._choose(grid)
         return replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=seed)
 
     def _choose(self, choices: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -231,7 +240,10 @@ class Measure:
             raise ArtifactError(
                 f"{self.store.grid_file} was measured with another model, data or --held-out; move it away"
             )
-        slices = tasks.cut(self.files.train, self.work / "grid" / "data", self.protocol.held_out, seed=0)
+        slices = tasks.kept(
+            self.work / "grid" / "data",
+            lambda out: tasks.cut(self.files.train, out, self.protocol.held_out, seed=0),
+        )
         for rate, epochs in choices:
             if (rate, epochs) not in grid.scores:
                 grid = replace(grid, tried=(*grid.tried, self._try(slices, rate, epochs)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class TaskStore:
     def add(self, record: Record, labels: str) -> None:
         """Write a record at its place, and the task's labels with the first one; labels other than those kept are
         refused."""
-        with self._locked():
+        with in_turn(self.directory):
             if not self.labels_file.is_file():
                 write_atomic(self.labels_file, encode(Labels(digest(labels), labels), LABELS_SCHEMA))
             elif self.labels() != labels:
@@ -120,17 +120,24 @@ class TaskStore:
         lines = (encode_line({"schema": SCHEMA, **asdict(record)}) for record in ordered)
         write_atomic(self.file, "".join(lines))
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Wait until no other process writes to this task's records."""
-        make_directory(self.directory)
-        handle = os.open(self.directory, os.O_RDONLY)
+
+@contextlib.contextmanager
+def in_turn(directory: Path, wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside the block no other process is in such a block with this directory; `wait` is called before waiting for
+    one."""
+    make_directory(directory)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def stores(results: Path, encoder: str = "MiniLM-L6") -> list[TaskStore]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import RawExamples, load_raw
-from nxm_export.errors import DataError
+from nxm_export.errors import ArtifactError, DataError
 from nxm_export.pipeline.demo import SETTINGS, write_data
-from nxm_export.storage.atomic import atomic_dir, write_atomic
+from nxm_export.storage.atomic import atomic_dir, disk_errors, make_directory, write_atomic
 from tools.results.phrases import held_out, unrelated, whole_texts
 
 
@@ -84,6 +85,31 @@ def prepare(task: Task, data: Path | None, out: Path) -> TaskFiles:
         for split, raw in zip(SPLITS, (train, dev), strict=True):
             _write(raw, scratch / f"{split}.tsv")
     return files(out)
+
+
+def kept(folder: Path, write: Callable[[Path], TaskFiles]) -> TaskFiles:
+    """The files that `write` writes to a directory, in one of their own in `folder`, named by their digest.
+
+    It is written once and never again: what one command trains on is whole, and stays, while others write the same or
+    other data. Raises `ArtifactError` where someone changed it.
+    """
+    make_directory(folder)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        made = write(Path(scratch) / "data")
+        out = folder / made.digest[:16]
+        with disk_errors(out):
+            try:
+                made.train.parent.rename(out)
+            except OSError:
+                if not out.is_dir():  # else it was there
+                    raise
+    try:
+        known = files(out)
+    except OSError as error:
+        raise ArtifactError(f"{out}: its files cannot be read ({error.strerror}); remove it") from error
+    if known.digest != made.digest:
+        raise ArtifactError(f"{out}: its files are not those that were written there; remove it")
+    return known
 
 
 def _hold_out(train: RawExamples, dev: RawExamples, count: int) -> tuple[RawExamples, RawExamples]:

@@ -54,7 +54,9 @@ def averaged(seen: list[Tensor], decay: float) -> Tensor:
 @pytest.mark.parametrize(("steps", "share", "decay"), [(20, 0.25, 0.8), (20, 0.0, 0.0), (4, 0.125, 0.0)])
 def test_a_phase_leaves_the_average_of_its_steps(tmp_path: Path, steps: int, share: float, decay: float) -> None:
     """A share of less than one step, and none, leave the weights of the last step."""
-    samples: list[Features] = [{"input_ids": [i % 8, (3 * i) % 8], "labels": i % 2} for i in range(32)]
+    samples: list[Features] = [
+        {"input_ids": [i % 8, (3 * i) % 8], "attention_mask": [1, 1], "labels": i % 2} for i in range(32)
+    ]
     model = Model()
     watch = Watch(model)
     run_phase(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressors.settings import Losses
+from compressors.training import distillation
 from compressors.training.distillation import Student, hidden_loss, lighten, real_rows, tokens_of
 from compressors.training.phases import freeze_embeddings
 from nxm_export.data.token_labels import NO_LABEL
@@ -131,6 +132,62 @@ def test_a_batch_without_any_label_has_the_teachers_loss_alone(labels: list[int]
     loss.backward()
     assert bool(torch.isfinite(loss))
     assert (float(loss.detach()) > 0.1) == (0 in labels)  # it says what its teacher says
+
+
+def test_a_batch_without_any_label_and_teacher_has_a_gradient_of_zeros() -> None:
+    """Under torchrun the other processes wait for it."""
+    student = classifier()
+    batch = {"input_ids": torch.randint(1, 50, PADDED.shape), "attention_mask": PADDED}
+    Student(student, Losses(), None, None)(**batch, labels=torch.tensor([NO_LABEL] * BATCH))["loss"].backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values()), gradients.keys()
+
+
+@pytest.mark.parametrize("losses", [Losses(), Losses(0.0, 1.0), Losses(0.5, 1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("parts", [(slice(0, 2), slice(2, 4)), (slice(0, 1), slice(1, 4))], ids=["halves", "unequal"])
+def test_the_mean_of_what_processes_give_is_the_loss_of_the_whole_batch(
+    monkeypatch: pytest.MonkeyPatch, losses: Losses, parts: tuple[slice, slice]
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    config.num_labels = 3
+    made: list[nn.Module] = [transformers.BertForTokenClassification(config) for _ in range(2)]
+    teacher, model = (one.eval() for one in made)
+    labels = torch.randint(0, 3, PADDED.shape)
+    labels[PADDED == 0] = NO_LABEL
+    labels[0, 2:] = NO_LABEL  # long, with two labels
+    batch = {"input_ids": torch.randint(1, 50, PADDED.shape), "attention_mask": PADDED, "labels": labels}
+    student = Student(model, losses, teacher, None)
+
+    def gradients(rows: slice) -> tuple[float, Tensor]:
+        model.zero_grad()
+        loss = student(**{name: values[rows] for name, values in batch.items()})["loss"]
+        loss.backward()
+        return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    loss, expected = gradients(slice(0, BATCH))
+    own: list[list[Tensor]] = []  # by process, what it adds up with the others
+
+    def noted(x: Tensor) -> Tensor:
+        own[-1].append(x.detach().clone())
+        return x
+
+    monkeypatch.setattr(distillation, "world_size", lambda: 2)
+    monkeypatch.setattr(distillation, "summed", noted)
+    for part in parts:
+        own.append([])
+        gradients(part)
+    assert len(own[0]) == len(own[1]) > 0, "every process asks as often"
+    totals = [one + other for one, other in zip(*own, strict=True)]
+    halves = []
+    for part in parts:
+        answers = iter(totals)
+        monkeypatch.setattr(distillation, "summed", lambda _, answers=answers: next(answers))
+        halves.append(gradients(part))
+    assert sum(value for value, _ in halves) / 2 == pytest.approx(loss, rel=1e-5)
+    averaged = (halves[0][1] + halves[1][1]) / 2
+    assert float((averaged - expected).norm()) < 1e-5 * float(expected.norm()), "float32 sums in another order"
 
 
 def test_training_from_a_lightened_teacher_gives_the_same_weights() -> None:

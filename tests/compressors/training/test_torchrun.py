@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.errors import DataError
 from tests.support import tiny
+from tests.support.torchrun import in_two_processes
 from tests.support.torchrun_job import job
 
 WORLD = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -51,19 +48,8 @@ def one(desk: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(desk: Path) -> list[dict[str, Any]]:
     """What each of two gloo processes says; the job itself asserts the world size."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     (desk / "two").mkdir()
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.support.torchrun_job", str(desk), str(desk / "two")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes("tests.support.torchrun_job", str(desk), str(desk / "two"))
     return list(json.loads((desk / "two" / "processes.json").read_text()))
 
 

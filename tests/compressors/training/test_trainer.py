@@ -1,11 +1,6 @@
-"""Training phases: recipes, invariants, and a run that is killed and resumed."""
+"""Training phases: recipes, and what they give."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compressors.models import load_tokenizer, resolve
 from compressors.pruning.layer_inputs import second_moments
@@ -24,64 +19,13 @@ from compressors.training.compress import compress, finetune
 from compressors.training.phases import Job
 from compressors.training.task_data import TaskDataRequest, read_task_data
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.contract.plan import CompressionPlan, WeightSpec
-from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
+from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.records.checkpoint_metrics import read_metrics
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.columns import Columns
-from nxm_export.errors import ArtifactError, DataError, Notice, PlanError
-from nxm_export.progress import Progress
 from tests.support import tiny
+from tests.support.trained import FAST, plan_for, run
 from tests.support.variants import variants
-
-FAST: dict[str, Any] = {
-    "batch_size": 16,
-    "learning_rate": 2e-3,
-    "dense_learning_rate": 3e-3,
-    "dense_steps": 60,
-    "calibration_samples": 64,
-    "precision": "fp32",
-}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with data and a fine-tuned dense model."""
-    out = tmp_path_factory.mktemp("prepared")
-    tiny.write_model("bert", out / "encoder")
-    train, dev = tiny.write_data(out)
-    finetune(
-        out / "encoder",
-        task="classification",
-        train=str(train),
-        dev=str(dev),
-        out=out / "dense",
-        settings=Settings(**FAST),
-    )
-    return out
-
-
-def plan_for(dense: Path, spec: str = "2:4+W8") -> CompressionPlan:
-    source = resolve(dense)
-    return source.family.uniform_plan(source.config, WeightSpec.parse(spec))
-
-
-def run(
-    prepared: Path,
-    out: Path,
-    spec: str = "2:4+W8",
-    progress: Progress = lambda what, done, total: None,
-    **settings: Any,
-) -> CompressionMetrics:
-    return compress(
-        prepared / "dense",
-        task="classification",
-        train=str(prepared / "train.tsv"),
-        dev=str(prepared / "dev.tsv"),
-        plan=plan_for(prepared / "dense", spec),
-        out=out,
-        settings=Settings(**{**FAST, "steps": 20, **settings}),
-        progress=progress,
-    )
 
 
 def test_dense_model_learns_and_keeps_its_metrics(prepared: Path) -> None:
@@ -198,36 +142,6 @@ def test_without_steps_text_alone_is_enough_and_gives_the_same_weights(
     assert read_metrics(tmp_path / "labelled").value == read_metrics(tmp_path / "alone").value
 
 
-def test_training_still_wants_labels(prepared: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.tsv").write_text("sentence\nfine film\ndull film\n")
-    with pytest.raises(DataError, match="label"):
-        compress(
-            prepared / "dense",
-            task="classification",
-            train=str(tmp_path / "texts.tsv"),
-            dev=str(prepared / "dev.tsv"),
-            plan=plan_for(prepared / "dense", "2:4+W4"),
-            out=tmp_path / "out",
-            settings=Settings(**{**FAST, "steps": 2}),
-        )
-
-
-def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prepared: Path, tmp_path: Path) -> None:
-    header, first, *_ = (prepared / "train.tsv").read_text().splitlines()
-    (tmp_path / "few.tsv").write_text(f"{header}\n{first}\n")
-    with pytest.raises(DataError, match=r"the calibration texts have \d+ tokens, .* give about \d+ texts like these"):
-        compress(
-            prepared / "dense",
-            task="classification",
-            train=str(tmp_path / "few.tsv"),
-            dev=str(prepared / "dev.tsv"),
-            plan=plan_for(prepared / "dense", "2:4+W4"),
-            out=tmp_path / "out",
-            settings=Settings(**{**FAST, "steps": 0, "recipe": "admm"}),
-        )
-    assert not (tmp_path / "out").exists()
-
-
 def test_short_texts_are_calibrated_on_until_there_are_enough_tokens(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "short.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 40)
     source = resolve(prepared / "dense")
@@ -258,23 +172,6 @@ def test_a_single_group_is_trained_on_and_none_is_held_out(tmp_path: Path) -> No
     assert (len(job.train), len(job.held_out)) == (40, 0)
 
 
-def test_a_directory_without_a_name_and_a_limit_of_no_samples_are_refused(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    given: dict[str, Any] = {
-        "task": "classification",
-        "train": str(prepared / "train.tsv"),
-        "dev": str(prepared / "dev.tsv"),
-    }
-    with pytest.raises(ArtifactError, match="would be replaced as a whole; name a new directory"):
-        finetune(prepared / "dense", out=".", **given)
-    for limit in (0, -3):
-        with pytest.raises(DataError, match=f"train limit is a number of samples, at least 1; got {limit}"):
-            finetune(prepared / "dense", out="new", train_limit=limit, **given)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("recipe", ["admm", "obs"])
 def test_a_plan_that_leaves_all_dense_is_followed(prepared: Path, tmp_path: Path, recipe: str) -> None:
     plan = plan_for(prepared / "dense", "W8")
@@ -288,12 +185,6 @@ def test_a_plan_that_leaves_all_dense_is_followed(prepared: Path, tmp_path: Path
         settings=Settings(**{**FAST, "steps": 0, "recipe": recipe}),
     )
     open_checkpoint(tmp_path / "out").require_valid()
-
-
-@pytest.mark.parametrize("recipe", ["nxm", "sr-ste", "paper"])
-def test_recipes_that_find_masks_in_training_need_steps(recipe: str) -> None:
-    with pytest.raises(PlanError, match="finds its masks in training"):
-        Settings(recipe=recipe, steps=0)
 
 
 @pytest.mark.parametrize("mode", variants(["mask", "joint", "joint-ste"], ("mask", "joint-ste")))
@@ -325,132 +216,9 @@ def test_baked_weights_load_with_plain_transformers(prepared: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_what_a_run_with_another_plan_left_behind_is_not_used(prepared: Path, tmp_path: Path) -> None:
-    def interrupted(phase: str, done: int, steps: int) -> None:
-        if phase == "qat":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(prepared, tmp_path / "checkpoint", "1:4+W8", recipe="nxm", progress=interrupted)
-    assert list((tmp_path / ".checkpoint.work").glob("admm*.safetensors"))  # a finished phase, of the other plan
-    metrics = run(prepared, tmp_path / "checkpoint", "2:4+W8", recipe="nxm")
-    assert metrics.mask_hash == run(prepared, tmp_path / "alone", "2:4+W8", recipe="nxm").mask_hash
-
-
-SCRIPT = """
-import json, sys
-from compressors.training.compress import compress
-from compressors.settings import Settings
-from compressors.models import resolve
-from nxm_export.contract.plan import WeightSpec
-
-prepared, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-source = resolve(prepared + "/dense")
-metrics = compress(
-    prepared + "/dense", task="classification", train=prepared + "/train.tsv", dev=prepared + "/dev.tsv",
-    plan=source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4")), out=out, settings=Settings(**settings),
-    progress=lambda what, done, total: print(what, done, flush=True),
-)
-print(json.dumps(metrics.to_dict()))
-"""
-
-
-def start(prepared: Path, out: Path) -> subprocess.Popen[str]:
-    settings = {**FAST, "recipe": "nxm", "steps": 60, "batch_size": 8, "dual_updates": 6}
-    command = [sys.executable, "-c", SCRIPT, str(prepared), str(out), json.dumps(settings)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-
-
-@pytest.fixture(scope="module")
-def whole(prepared: Path) -> tuple[Path, dict[str, object]]:
-    """(checkpoint, metrics) of an uninterrupted run."""
-    stdout, stderr = start(prepared, prepared / "whole").communicate(timeout=300)
-    assert stdout.strip(), stderr
-    return prepared / "whole", json.loads(stdout.splitlines()[-1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["admm 15", "qat 20"])
-def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(
-    prepared: Path, whole: tuple[Path, dict[str, object]], tmp_path: Path, moment: str
-) -> None:
-    child = start(prepared, tmp_path / "killed")
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.strip() == moment:
-            child.send_signal(signal.SIGKILL)
-            break
-    child.wait()
-    assert not (tmp_path / "killed").exists()
-    assert (tmp_path / ".killed.work").is_dir()
-
-    again = start(prepared, tmp_path / "killed")
-    stdout, stderr = again.communicate(timeout=300)
-    assert again.returncode == 0, stderr
-    first = next(line for line in stdout.splitlines() if line.startswith(moment.split()[0]))
-    assert int(first.split()[1]) > 0  # it went on, it did not start again
-    assert not [line for line in stdout.splitlines() if line.startswith(("calibrate", "outputs"))]  # nor measured again
-    resumed = json.loads(stdout.splitlines()[-1])
-    assert resumed["mask_hash"] == whole[1]["mask_hash"]
-    assert resumed["value"] == whole[1]["value"]
-    for name in ("model.safetensors", "nxm_scales.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (whole[0] / name).read_bytes()
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "train_log.jsonl").read_text().splitlines()]
-    assert len({(line["phase"], line["step"], "residual" in line) for line in lines}) == len(lines)  # nothing twice
-    assert not (tmp_path / ".killed.work").exists()
-
-
-@pytest.mark.slow
 def test_same_seed_same_masks_and_another_seed_others(prepared: Path, tmp_path: Path) -> None:
     hashes = [run(prepared, tmp_path / str(i), steps=8, seed=seed).mask_hash for i, seed in enumerate((1, 1, 2))]
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_nothing(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the loss is (nan|inf) at step \d+ of phase"):
-        run(prepared, tmp_path / "checkpoint", learning_rate=1e20, steps=40)
-    assert not (tmp_path / "checkpoint").exists()
-
-
-def test_a_model_without_the_head_is_refused_with_the_way_out(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no classification head; fine-tune it first"):
-        compress(
-            prepared / "encoder",
-            task="classification",
-            train=str(prepared / "train.tsv"),
-            dev=str(prepared / "dev.tsv"),
-            plan=plan_for(prepared / "dense"),
-            out=tmp_path / "x",
-        )
-
-
-def test_settings_refuse_nonsense() -> None:
-    with pytest.raises(PlanError, match="unknown recipe"):
-        Settings(recipe="asp")
-    with pytest.raises(PlanError, match="give --recipe nxm"):
-        Settings(admm="joint")
-    with pytest.raises(PlanError, match="scores weights itself"):
-        Settings(mask_scores="activation")
-    with pytest.raises(DataError, match="percentile"):
-        Settings(percentile=0.0)
-    with pytest.raises(DataError, match="at least 1"):
-        Settings(batch_size=0)
-
-
-@pytest.mark.slow
-def test_saving_takes_place_often_enough_to_matter(prepared: Path, tmp_path: Path) -> None:
-    """A tenth of a phase is the most that a kill can cost."""
-    child = start(prepared, tmp_path / "out")
-    assert child.stdout is not None
-    seen: list[str] = []
-    for line in child.stdout:
-        if line.startswith("admm"):
-            seen += [path.name for path in (tmp_path / ".out.work" / "admm").glob("checkpoint-*")]
-        if line.startswith("qat"):
-            break
-    child.kill()
-    child.wait()
-    assert len(set(seen)) >= 5
 
 
 def test_threads_setting_is_obeyed(prepared: Path, tmp_path: Path) -> None:
@@ -488,71 +256,3 @@ def test_what_is_scored_is_what_is_saved(prepared: Path, tmp_path: Path) -> None
         expected = run_all(reference, features, spec_)["logits"]
     # float32 rounding of sums in another order; weights that were not rounded to 16 bit differ by 1e-3 here
     np.testing.assert_allclose(load_file(file)["logits"].numpy(), expected, rtol=0, atol=2e-5)
-
-
-def test_of_two_into_one_directory_the_second_is_refused_and_the_first_goes_on(prepared: Path, tmp_path: Path) -> None:
-    refused: list[str] = []
-
-    def meanwhile(what: str, done: int, total: int) -> None:
-        if what == "qat" and not refused:
-            work = sorted(path.name for path in (tmp_path / ".checkpoint.work").iterdir())
-            with pytest.raises(ArtifactError, match="is being written by another nxm process") as caught:
-                run(prepared, tmp_path / "checkpoint", steps=4)
-            refused.append(str(caught.value))
-            assert sorted(path.name for path in (tmp_path / ".checkpoint.work").iterdir()) == work
-
-    run(prepared, tmp_path / "checkpoint", steps=4, progress=meanwhile)
-    assert refused
-    open_checkpoint(tmp_path / "checkpoint").require_valid()
-    (tmp_path / ".checkpoint.partial").mkdir()  # of a process that is dead, whose lock the kernel took back
-    run(prepared, tmp_path / "checkpoint", steps=4)
-
-
-@pytest.mark.parametrize("out", ["dense", "dense/inside", ".", "link", "dense/../dense"])
-def test_a_source_is_never_replaced(prepared: Path, tmp_path: Path, out: str) -> None:
-    (tmp_path / "link").symlink_to(prepared / "dense")
-    target = tmp_path / "link" if out == "link" else prepared / out
-    before = (prepared / "dense" / "model.safetensors").read_bytes()
-    with pytest.raises(ArtifactError, match="choose another --out"):
-        run(prepared, target, steps=4)
-    assert (prepared / "dense" / "model.safetensors").read_bytes() == before
-    assert not (prepared / "dense" / "inside").exists()
-
-
-def test_numbers_that_the_head_counts_otherwise_are_refused_and_a_map_states_them(
-    prepared: Path, tmp_path: Path
-) -> None:
-    """A head that has learned 0 as `bad` and 1 as `good`, with its names the other way round."""
-
-    def evaluated(columns: Columns) -> float | None:
-        metrics = finetune(
-            tmp_path / "model",
-            task="classification",
-            train=str(prepared / "train.tsv"),
-            dev=str(prepared / "dev.tsv"),
-            out=tmp_path / "out",
-            columns=columns,
-        )
-        return metrics.value
-
-    shutil.copytree(prepared / "dense", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    file = tmp_path / "model" / "model.safetensors"
-    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    swapped = {name: tensor.flip(0) if name.startswith("classifier.") else tensor for name, tensor in weights.items()}
-    save_file({name: tensor.contiguous() for name, tensor in swapped.items()}, file, {"format": "pt"})
-    refused = pytest.raises(DataError, match=r"fewer than by guessing: .* --label-map 0=NAME")
-    with pytest.warns(Notice, match="0 is 'good', 1 is 'bad'"), refused:
-        evaluated(Columns())
-    data: dict[str, Any] = {
-        "train": str(prepared / "train.tsv"),
-        "dev": str(prepared / "dev.tsv"),
-        "task": "classification",
-    }
-    plan, refused = plan_for(tmp_path / "model"), pytest.raises(DataError, match="fewer than by guessing")
-    with pytest.warns(Notice), refused:
-        compress(tmp_path / "model", plan=plan, out=tmp_path / "compressed", **data)
-    assert not (tmp_path / "compressed").exists()
-    assert evaluated(Columns(label_map={"0": "bad", "1": "good"})) == read_metrics(prepared / "dense").value

@@ -264,7 +264,7 @@ class TestNotFinite:
     def test_a_number_that_cannot_be_written_is_named(
         self, checkpoint: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("engines.parity.compare._Samples.score", lambda *_: np.nan)
+        monkeypatch.setattr("nxm_export.data.metrics.ScoredOutputs.value", lambda *_: np.nan)
         with pytest.raises(ParityError, match=r"engine: .*ParityReport\.reference_value is nan"):
             compare(checkpoint, engine, dev_features(checkpoint, engine)[:4])
         assert not (engine / "parity.json").exists()

@@ -186,6 +186,13 @@ def test_a_kernel_ran_when_its_whole_name_was_seen(seen: str, ran: bool) -> None
     assert is_among(SPARSE, ["another", seen]) is ran
 
 
+def test_the_alignment_in_a_name_is_part_of_it() -> None:
+    """TensorRT names the tactic with it, too; without it, it is another kernel."""
+    aligned = f"{SPARSE}_aligna4_alignc4"
+    assert is_among(aligned, [f"{aligned}_execute_kernel__5x_cublas"])
+    assert not is_among(aligned, [f"{SPARSE}_execute_kernel__5x_cublas"])
+
+
 def test_no_kernel_has_no_name_that_ran() -> None:
     assert not is_among("", ["", "anything"])
 

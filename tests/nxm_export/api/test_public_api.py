@@ -165,8 +165,10 @@ def table_rows() -> list[str]:
 
 
 def test_the_table_of_functions_has_all_of_them() -> None:
-    tree = module_tree("nxm_export.api.functions")
-    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in PUBLIC}
+    trees = [module_tree(f"nxm_export.api.{module}") for module in ("functions", "engine_functions")]
+    functions = {
+        node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in PUBLIC
+    }
     assert len(table_rows()) == len(set(table_rows()))
     assert set(table_rows()) == functions
 
@@ -174,7 +176,7 @@ def test_the_table_of_functions_has_all_of_them() -> None:
 @pytest.mark.parametrize("name", table_rows())
 def test_what_a_function_returns_has_a_record(name: str) -> None:
     """`to_dict`, but for what is a path, a list of results, or nothing."""
-    ((_, function),) = public_functions(name, module_tree("nxm_export.api.functions"))
+    ((_, function),) = public_functions(name, module_tree(nxm._HOMES[name]))
     assert function.returns is not None
     returned = ast.unparse(function.returns)
     plain = {"Path": "unpack report card", "list[AnyPrediction]": "predict", "None": "serve"}

@@ -146,6 +146,26 @@ class TestNoLabel:
         _, classes = read(write(tmp_path, rows), "classification", label_map=label_map)
         assert set(classes.names) == {"negative", "positive"}
 
+    def test_classes_named_as_whole_numbers_with_a_point_are_meant_by_them(self, tmp_path: Path) -> None:
+        """Read as 1, they were taken for the class with that index, the second."""
+        head = ("1.00", "2.00", "3.00")
+        for labels, expected in (
+            (["1.00", "2.00", "1.00"], [0, 1, 0]),
+            ([1, 2.0, "3.00"], [0, 1, 2]),
+            (["3", "3"], [2, 2]),
+        ):
+            rows = [{"sentence": f"film {i}", "label": label} for i, label in enumerate(labels)]
+            examples, classes = read(write(tmp_path, rows), "classification", head)
+            assert (examples.labels, classes.numbered) == (expected, False)
+        rows = [{"sentence": "film", "label": "4.00"}]
+        with pytest.raises(DataError, match=r"label '4' is none of the model's classes \['1\.00', '2\.00', '3\.00'"):
+            read(write(tmp_path, rows), "classification", head)
+
+    def test_a_class_named_minus_one_with_a_point_is_a_class(self, tmp_path: Path) -> None:
+        rows = [{"sentence": f"film {i}", "label": label} for i, label in enumerate(["-1.00", "1.00", "-1.00"])]
+        examples, _ = read(write(tmp_path, rows), "classification", ("-1.00", "1.00"))
+        assert examples.labels == [0, 1, 0]
+
     def test_second_texts_are_texts(self, tmp_path: Path) -> None:
         rows = [{"sentence1": "", "sentence2": "good", "label": 1}, {"sentence1": "", "sentence2": "bad", "label": 0}]
         examples, _ = read(write(tmp_path, rows), "classification")

@@ -1,13 +1,10 @@
-"""`nxm run` from outside: one JSON object, stages that are skipped when up to date, kill -9 and resume, bad input."""
+"""`nxm run` from outside: one JSON object, stages that are skipped when up to date, kill -9 and resume."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from compressors.settings import Settings
@@ -26,7 +22,6 @@ from engines.base import Profile
 from engines.cusparselt import backend as cusparselt
 from engines.cusparselt import machine as machines
 from engines.cusparselt.machine import Machine
-from nxm_export.cli import main
 from nxm_export.contract.checkpoint import float32_bytes, open_checkpoint
 from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
@@ -34,7 +29,7 @@ from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, r
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
 from nxm_export.errors import Notice
-from nxm_export.graph import exporter, external_data
+from nxm_export.graph import exporter
 from nxm_export.pipeline.estimate import passes_before_training
 from nxm_export.pipeline.run import Request, _export, _more_text
 from nxm_export.pipeline.run_engines import GRAPHS
@@ -45,36 +40,10 @@ from tests.engines.cusparselt.machines import FACTS, Priced
 from tests.engines.cusparselt.test_backend import FASTER
 from tests.support import tiny
 from tests.support.few_rounds import time_few_rounds_here
+from tests.support.run_desk import Desk, refused
 from tests.support.variants import variants
 
 Finished = tuple[Path, dict[str, object], str]
-OPTIONS = ["--dense-steps=40", "--steps=24", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3"]
-
-
-class Desk:
-    """A directory with a tiny encoder and its data."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.model = tiny.write_model("bert", home / "encoder")
-        self.train, self.dev = tiny.write_data(home)
-
-    def arguments(self, out: Path, *more: str, **changed: Path) -> list[str]:
-        model, files = changed.pop("model", self.model), {"train": self.train, "dev": self.dev, **changed}
-        named = (f"--{name}={path}" for name, path in files.items())
-        return ["run", str(model), *named, f"--out={out}", *OPTIONS, *more]
-
-    def nxm(self, *arguments: str) -> Result:
-        return CliRunner().invoke(main, arguments)
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "nxm_export", *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    return Desk(tmp_path_factory.mktemp("desk"))
 
 
 @pytest.fixture(scope="module")
@@ -199,15 +168,7 @@ def test_a_run_that_stops_behind_a_new_model_shows_nothing_of_the_old_one(
     of_dense = {"export dense", "build ort-cpu-fp32", "compare ort-cpu-fp32"} if kept else set[str]()
     assert {*run.manifest.stages} == {"dense", stage} | of_dense
     assert sorted(engine.name for engine in run.root.glob("engines/*")) == (["ort-cpu-fp32"] if kept else [])
-    _refused(desk.nxm("show", str(run.root)), "this run has no summary yet; run the same `nxm run` again")
-
-
-def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_made(desk: Desk, tmp_path: Path) -> None:
-    for more in ([], ["--dry-run"]):
-        result = desk.nxm(*desk.arguments(tmp_path / "run", "--backend=openvino,cusparselt", *more))
-        _refused(result, r"backend cusparselt cannot run here: .*(pip install|no NVIDIA driver|no GPU)")
-    _refused(desk.nxm(*desk.arguments(tmp_path / "run", "--backend=tpu")), "'tpu' is not one of auto, ort", (2,))
-    assert not (tmp_path / "run").exists()
+    refused(desk.nxm("show", str(run.root)), "this run has no summary yet; run the same `nxm run` again")
 
 
 @pytest.mark.parametrize(
@@ -382,22 +343,6 @@ def test_more_text_is_counted_and_its_files_decide_what_is_made_again(
     assert _more_text(replace(requests[0], more_text=None)) == ({}, {})
 
 
-@pytest.mark.parametrize(
-    ("more", "code", "message"),
-    [
-        (["--more-text-share=0.5"], 2, "is the share of --more-text"),
-        (["--more-text=none.txt", "--steps=0"], 1, "nothing is trained"),
-        (["--more-text=none.txt"], 1, "none.txt: no such file"),
-    ],
-)
-def test_more_text_that_cannot_be_used_is_refused(
-    desk: Desk, tmp_path: Path, more: list[str], code: int, message: str
-) -> None:
-    result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", *more))
-    assert (result.exit_code, list(tmp_path.iterdir())) == (code, [])
-    assert message in result.stderr
-
-
 def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
     """In forward passes of a sample: calibration, two outputs a block that are left out in turn, masks."""
     config = transformers.BertConfig(num_hidden_layers=12, hidden_size=32, intermediate_size=64, num_attention_heads=2)
@@ -462,72 +407,7 @@ def test_a_run_searches_its_plan_and_another_takes_it_from_a_file(
     estimated = desk.nxm(*desk.arguments(tmp_path / "x", f"--plan={tmp_path / 'mine.json'}", "--dry-run", "--json"))
     assert json.loads(estimated.stdout)["plan"] == chosen.pattern_counts
     (tmp_path / "wrong.json").write_text(replace(chosen, model_type="roberta").to_json())
-    _refused(desk.nxm(*desk.arguments(tmp_path / "x", f"--plan={tmp_path / 'wrong.json'}")), "roberta")
-
-
-def _lines(file: Path, *lines: str) -> Path:
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return file
-
-
-BAD_DATA: dict[str, tuple[list[str], str]] = {
-    "no rows": (["sentence\tlabel"], "no rows|empty|no samples"),
-    "one class": (["sentence\tlabel", *["good film\t1"] * 40], "one class"),
-    "another column": (["words\tlabel", "good film\t1", "bad film\t0"], "column"),
-    "a row too short": (["sentence\tlabel", "good film\t1", "bad film"], r"bad\.tsv:3"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_training_data_is_named_and_nothing_is_left(desk: Desk, tmp_path: Path, name: str) -> None:
-    lines, message = BAD_DATA[name]
-    train = _lines(tmp_path / "bad.tsv", *lines)
-    result = desk.nxm(*desk.arguments(tmp_path / "run", train=train))
-    _refused(result, message)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) -> None:
-    dev = _lines(tmp_path / "dev.tsv", "sentence\tlabel", "good film\t1", "bad film\tmaybe")
-    _refused(desk.nxm(*desk.arguments(tmp_path / "run", dev=dev)), "maybe")
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--pattern=3:7"], "divisible by 7"),
-        (["--pattern=4:2"], "4:2"),
-        (["--weight-bits=9"], "9"),
-        (["--keep-dense=*", "--steps=2"], "nothing to compress"),
-        (["--train=/nowhere/train.tsv"], "/nowhere/train.tsv"),
-        (["--dense-learning-rate=1e30"], "loss is nan at step"),
-        (["--weights-stored=int4"], "4 bits or fewer, and these have 8"),
-        (["--weights-stored=int4", "--weight-bits=none"], "4 bits or fewer, and these have none"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_words(desk: Desk, tmp_path: Path, more: list[str], message: str) -> None:
-    result = desk.nxm(*desk.arguments(tmp_path / "run"), *more)
-    _refused(result, message, codes=(1, 2))
-
-
-@pytest.mark.parametrize("dry", [False, True])
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--search=0.99"], "compression 0.99 by counting hw is out of reach"),
-        (["--more-text=pairs.tsv"], "only one of them has a second text"),
-        ([], "an engine for the CPU is one ONNX file, which holds 0.0 GB; a run always has"),
-    ],
-)
-def test_what_can_be_known_is_refused_before_anything_is_trained(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str, dry: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    _lines(tmp_path / "pairs.tsv", "sentence1\tsentence2", "good film\tbad film")
-    if not more:
-        monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 1000)
-    _refused(desk.nxm(*desk.arguments(tmp_path / "run", *more, *(["--dry-run"] if dry else []))), message)
-    assert not (tmp_path / "run").exists()
+    refused(desk.nxm(*desk.arguments(tmp_path / "x", f"--plan={tmp_path / 'wrong.json'}")), "roberta")
 
 
 def test_weights_in_half_precision_count_as_they_are_trained(desk: Desk, tmp_path: Path) -> None:
@@ -551,24 +431,6 @@ def test_attention_beyond_512_tokens_is_exported_in_float_and_said(
         assert _export(directory, request, plan, {"trt": GRAPHS["trt"]}, silent) == ["trt"]
 
 
-def test_a_model_that_is_nowhere_is_named(desk: Desk, tmp_path: Path) -> None:
-    _refused(desk.nxm(*desk.arguments(tmp_path / "run", model=Path("nobody/nothing"))), "nobody/nothing")
-
-
-def test_a_directory_that_is_no_run_is_left_alone(desk: Desk, tmp_path: Path) -> None:
-    mine = tmp_path / "thesis"
-    mine.mkdir()
-    (mine / "chapter.txt").write_text("years of work")
-    _refused(desk.nxm(*desk.arguments(mine)), "thesis")
-    assert [file.name for file in mine.iterdir()] == ["chapter.txt"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_may_not_be_written_is_named(desk: Desk, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    _refused(desk.nxm(*desk.arguments(tmp_path / "run")), "run")
-
-
 def test_an_engine_of_another_checkpoint_fails_the_gate(desk: Desk, finished: Finished, tmp_path: Path) -> None:
     """The same plan, one scale doubled: the engine is not what this checkpoint says."""
     from safetensors.numpy import load_file, save_file
@@ -586,15 +448,6 @@ def test_an_engine_of_another_checkpoint_fails_the_gate(desk: Desk, finished: Fi
         desk.nxm("compare", str(engine), f"--data={desk.dev}", f"--checkpoint={finished[0] / 'checkpoint'}").exit_code
         == 0
     )
-
-
-def _refused(result: Result, message: str, codes: tuple[int, ...] = (1,)) -> None:
-    import re
-
-    assert result.exit_code in codes, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "Traceback" not in result.output
-    assert re.search(message, " ".join(result.output.split())), result.output
 
 
 def _wait(condition: Callable[[], bool], seconds: float = 120.0) -> None:

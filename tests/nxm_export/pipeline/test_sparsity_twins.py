@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ def test_twins_whose_evidence_says_nothing_get_no_verdict(tmp_path: Path) -> Non
     assert said.endswith("build it again")
     passports[sparse] = tie(sparse, options={"sparse": True})
     assert str(_verdict(report, twins, passports)).startswith("2:4 pays from")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), Path.unlink], ids=["edited", "removed"])
+def test_twins_whose_evidence_cannot_be_read_keep_their_times(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    dense, sparse = tmp_path / "a", tmp_path / "b"
+    passports = {}
+    for directory, is_sparse in ((dense, False), (sparse, True)):
+        directory.mkdir()
+        engine_directory(directory)
+        passports[directory] = tie(directory, options={"sparse": is_sparse})
+    damage(sparse / "weights.json")
+    report = BenchReport((), (Ratio("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
+    said = _verdict(report, {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}, passports)
+    assert said is not None
+    assert said.startswith(f"no verdict: which kernels {sparse} runs is not known: {sparse}")
 
 
 def test_another_twin_than_the_one_beside_it_is_refused(tmp_path: Path) -> None:

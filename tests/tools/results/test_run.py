@@ -155,8 +155,10 @@ def test_the_dense_grid_is_decided_on_held_out_training_sentences(place: Path, t
     scores = {rate: score for (rate, _), score in grid.scores.items()}
     assert scores[3e-3] > scores[1e-6]
     assert records(tmp_path)["dense"].settings["dense_learning_rate"] == 3e-3
-    train = set((tmp_path / "work" / "cola" / "data" / "train.tsv").read_text().splitlines())
-    held_out = (tmp_path / "work" / "cola" / "grid" / "data" / "dev.tsv").read_text().splitlines()
+    (data,), (cut,) = (
+        list((tmp_path / "work" / "cola" / folder).iterdir()) for folder in ("data", Path("grid", "data"))
+    )
+    train, held_out = set((data / "train.tsv").read_text().splitlines()), (cut / "dev.tsv").read_text().splitlines()
     assert len(held_out) == 41
     assert set(held_out) <= train
     page = tmp_path / "docs" / "results.md"

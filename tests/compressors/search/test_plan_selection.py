@@ -365,15 +365,13 @@ def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
 def test_whole_plans_are_judged_in_bfloat16_where_they_are_trained_in_it(model: Probed, tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits of a value, so a divergence moves by less than a quarter, and the order of plans that
     differ much stays. The table is measured in float32 whatever judges."""
-    joint, tables = [], []
-    for bfloat16 in (False, True):
-        selector = model.selector(bfloat16=bfloat16, **SIZES)
-        assert all(outputs.dtype == torch.float32 for outputs in selector.reference)
-        selector.measure_sensitivities(tmp_path / str(bfloat16))
-        tables.append(selector.losses["kl"])
-        few, many = (tuple([option] * len(selector.names)) for option in (3, 0))  # W8; 2:4+W4
-        joint.append([selector.trial("", choice).joint for choice in (few, many)])
-    np.testing.assert_array_equal(*tables)
-    assert joint[0] != joint[1]
-    np.testing.assert_allclose(joint[0][1], joint[1][1], rtol=0.25)
-    assert all(least < most for least, most in joint)
+    exact, rounded = (model.selector(bfloat16=bfloat16, **SIZES) for bfloat16 in (False, True))
+    assert all(outputs.dtype == torch.float32 for outputs in rounded.reference)
+    for selector in (exact, rounded):
+        selector.measure_sensitivities(tmp_path / str(selector.bfloat16))
+    np.testing.assert_array_equal(exact.losses["kl"], rounded.losses["kl"])
+    count = len(exact.names)
+    least, most = ([each.trial("", (option,) * count).joint for each in (exact, rounded)] for option in (3, 0))
+    assert most[0] != most[1]
+    assert most[1] == pytest.approx(most[0], rel=0.25)
+    assert max(least) < min(most), "8 bits against 2:4 and 4 bits"

@@ -36,7 +36,7 @@ class Probed:
         statistics = self.probe.statistics(batches, 99.99)
         return OneShot(self.probe, statistics, batches, dict.fromkeys(self.probe.weights, specs), solver)
 
-    def selector(self, *, bfloat16: bool = False, **settings: Any) -> Selector:
+    def selector(self, bfloat16: bool = False, /, **settings: Any) -> Selector:
         known, judged = self.batches(0, 24), self.batches(24, 56)
         return Selector(self.probe, self.source.config, SearchSettings(**settings), known, judged, bfloat16=bfloat16)
 

@@ -365,7 +365,7 @@ def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
 def test_whole_plans_are_judged_in_bfloat16_where_they_are_trained_in_it(model: Probed, tmp_path: Path) -> None:
     """bfloat16 keeps 8 bits of a value, so a divergence moves by less than a quarter, and the order of plans that
     differ much stays. The table is measured in float32 whatever judges."""
-    exact, rounded = (model.selector(bfloat16=bfloat16, **SIZES) for bfloat16 in (False, True))
+    exact, rounded = (model.selector(bfloat16, **SIZES) for bfloat16 in (False, True))
     assert all(outputs.dtype == torch.float32 for outputs in rounded.reference)
     for selector in (exact, rounded):
         selector.measure_sensitivities(tmp_path / str(selector.bfloat16))

@@ -49,6 +49,7 @@ REASONS = {
     "float-input": "its input is not quantized to INT8, so the product runs in float",
     "flag-off": "built without the flag that allows sparse kernels",
     "float-output": "sparse INT8 kernels here write INT8, and this product writes float: quantize its output",
+    "activation": "no sparse INT8 kernel here computes the activation behind it, which no quantizer comes before",
     "op-form": "sparse kernels here exist for another form of the product (see --lowering)",
     "no-kernel": "this TensorRT has no sparse kernel for this product on this GPU",
     "size": f"K or N is below {SMALL}: the builder found dense faster",
@@ -76,8 +77,8 @@ class SparsityTarget:
     sparse_flag: bool = True
     has_gpu: bool = True
 
-    def kernel_for(self, fact: MatrixFacts, *, form: str, output: str) -> Existence:
-        """Whether a sparse kernel exists for a matrix in another `form` or with another `output`."""
+    def kernel_for(self, fact: MatrixFacts, *, form: str, output: str, epilogue: str) -> Existence:
+        """Whether a sparse kernel exists for a matrix in another `form`, or with another `output` or `epilogue`."""
         return sparse_kernel_exists(
             backend=self.backend,
             version=self.version,
@@ -85,6 +86,7 @@ class SparsityTarget:
             weights=weight_type(fact),
             form=_kernel_form(fact, form),
             output=output,
+            epilogue=epilogue,
         )
 
 
@@ -310,7 +312,7 @@ def _unbuilt(fact: MatrixFacts, weight: WeightSparsity, target: SparsityTarget) 
             f"{operators} between its DequantizeLinear and the product: whether TensorRT makes one integer product of "
             "them is not known. Store the weight as the product reads it"
         )
-    source = target.kernel_for(fact, form=fact.form, output=fact.output).source
+    source = target.kernel_for(fact, form=fact.form, output=fact.output, epilogue=fact.epilogue).source
     return "kernel-unknown", f"{REASONS['kernel-unknown']}. {source}"
 
 
@@ -321,13 +323,15 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
         return *obstacle, False
     if not target.sparse_flag:
         return "flag-off", "", False
-    kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
+    kernel = target.kernel_for(fact, form=fact.form, output=fact.output, epilogue=fact.epilogue)
     if kernel.exists is not False:
         return None, "", None if fact.moved_by else kernel.exists
-    if target.kernel_for(fact, form=fact.form, output="int8").exists:
+    if target.kernel_for(fact, form=fact.form, output=fact.output, epilogue="none").exists:
+        return "activation", f"{REASONS['activation']} ({fact.epilogue}). {kernel.source}", False
+    if target.kernel_for(fact, form=fact.form, output="int8", epilogue="none").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):
-        if target.kernel_for(fact, form=form, output="int8").exists:
+        if target.kernel_for(fact, form=form, output="int8", epilogue="none").exists:
             text = f"sparse kernels here exist for {form} with INT8 output, and this is {fact.form}. {kernel.source}"
             return "op-form", text, False
     return "no-kernel", f"{REASONS['no-kernel']}. {kernel.source}", False

@@ -32,6 +32,7 @@ _ALIGNMENT_HINT = (
     "guide, Optimizing for Tensor Cores)"
 )
 SMALL = 256  # below it, dense kernels win (NVIDIA/TensorRT issues 3849 and 4065)
+_INT8_SINCE = 7.2  # compute capability
 _QUANTIZED = ("int8",)  # what sparse integer kernels multiply
 _FLOATS = ("float", "float16", "bfloat16", "float32", "float8")
 REASONS = {
@@ -76,6 +77,12 @@ class SparsityTarget:
     compute_capability: str
     sparse_flag: bool = True
     has_gpu: bool = True
+
+    @property
+    def multiplies_int8(self) -> bool:
+        """Whether its tensor cores multiply INT8, dense: those of compute capability 7.0 (V100) do not, and earlier
+        GPUs have none (CUDA C++ Programming Guide, Warp Matrix Functions: from 7.2 on)."""
+        return all(float(part) >= _INT8_SINCE for part in self.compute_capability.split(","))
 
     def kernel_for(self, fact: MatrixFacts, *, form: str, output: str, epilogue: str) -> Existence:
         """Whether a sparse kernel exists for a matrix in another `form`, or with another `output` or `epilogue`."""

@@ -193,3 +193,11 @@ def test_a_product_that_its_gelu_keeps_dense_is_noted(
     result = doctor(model, "--gpu", "L4", "--json", *target)
     assert result.exit_code == 0, result.output
     assert ("--gelu tanh" in str(entry_at(json.loads(result.stdout), "notes"))) is noted
+
+
+@pytest.mark.parametrize(("gpu", "advice"), [("T4", "--pattern none"), ("V100", "stay with FP16")])
+def test_int8_is_advised_where_tensor_cores_multiply_it(model: Path, gpu: str, advice: str) -> None:
+    result = doctor(model, "--gpu", gpu)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("verdict: 2:4 cannot pay here")
+    assert advice in result.stdout.splitlines()[-1]

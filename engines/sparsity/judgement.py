@@ -50,7 +50,7 @@ REASONS = {
     "float-input": "its input is not quantized to INT8, so the product runs in float",
     "flag-off": "built without the flag that allows sparse kernels",
     "float-output": "sparse INT8 kernels here write INT8, and this product writes float: quantize its output",
-    "activation": "no sparse INT8 kernel here computes the activation behind it, which no quantizer comes before",
+    "activation": "no sparse INT8 kernel here computes the activation right behind it",
     "op-form": "sparse kernels here exist for another form of the product (see --lowering)",
     "no-kernel": "this TensorRT has no sparse kernel for this product on this GPU",
     "size": f"K or N is below {SMALL}: the builder found dense faster",
@@ -333,7 +333,7 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
     kernel = target.kernel_for(fact, form=fact.form, output=fact.output, epilogue=fact.epilogue)
     if kernel.exists is not False:
         return None, "", None if fact.moved_by else kernel.exists
-    if target.kernel_for(fact, form=fact.form, output=fact.output, epilogue="none").exists:
+    if target.kernel_for(fact, form=fact.form, output=fact.output, epilogue="none").exists is not False:
         return "activation", f"{REASONS['activation']} ({fact.epilogue}). {kernel.source}", False
     if target.kernel_for(fact, form=fact.form, output="int8", epilogue="none").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False

@@ -96,8 +96,8 @@ class Settings:
         default=0.005,
         metadata={
             OPTION: Option(
-                "The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. "
-                "inf: all INT8.",
+                "The most that one INT8 output into residual, rotation or gate may cost, in nats; a costlier one "
+                "stays in float. inf: all INT8.",
                 least=0,
                 infinity_is_none=True,
             )

@@ -180,6 +180,21 @@ class EnginePassport:
         """The engine's part in a comparison of twins (see `nxm build --twins`)."""
         return self.text_option("twin")
 
+    @property
+    def built_on(self) -> str:
+        """The GPU or CPU that it was built on, in words."""
+        capabilities = self.device.get(
+            "compute_capabilities"
+        )  # of an engine that chooses its kernels where it is loaded
+        elsewhere = f"no GPU, for compute capability {capabilities}" if capabilities else None
+        return (
+            self.device.get("gpu")
+            or self.device.get("name")
+            or elsewhere
+            or self.device.get("kind")
+            or "an unknown device"
+        )
+
     def whole_option(self, name: str) -> int | None:
         """An option that is a whole number, or None where it was not recorded; raises `ArtifactError` for another."""
         value = self.options.get(name)

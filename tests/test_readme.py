@@ -188,6 +188,39 @@ def test_every_command_that_a_document_names_is_one(document: str, command: str)
     assert options <= known | {"--help", "--help-all"}, f"{document}: {name} has no {sorted(options - known)}"
 
 
+# Options of other tools, and former names.
+OF_OTHERS = {
+    "CHANGELOG.md": {"--menu", "--islands"},
+    "docs/gpu/README.md": {"--models", "--budget"},
+    "docs/install.md": {"--force-reinstall"},
+    "docs/serving.md": {"--disable-auto-complete-config"},
+    "docs/tensorrt.md": {"--system-site-packages"},
+}
+
+
+@pytest.mark.parametrize(
+    "document", [name for name in DOCUMENTS if name not in ("docs/migration.md", "docs/research-notes.md")]
+)
+def test_every_option_that_a_document_names_is_one(document: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+    parameters = [parameter for command in main.commands.values() for parameter in command.params]
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", prose)) - {"--help", "--help-all", "--version", "--coverage"}
+    assert named - known == OF_OTHERS.get(document, set())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_and_module_of_ours_that_a_document_names_is_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    folders = "tests|tools|engines|compressors|nxm_export|docs|results"
+    for file in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]+\.(?:py|json|jsonl|md))\b", text):
+        assert (ROOT / file).is_file(), f"{document} names {file}"
+    for module in re.findall(r"python -m (tools(?:\.\w+)+)", text):
+        place = ROOT / module.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{document} names {module}"
+
+
 def test_the_result_table_has_the_rows_that_its_tool_prints(commands_have_run: Path) -> None:
     def subjects(text: str) -> list[str]:
         return [re.sub(r"\d+|, [^,|]*$", "", row.split("|")[1]).strip() for row in text.strip().splitlines()]

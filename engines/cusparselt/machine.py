@@ -13,7 +13,10 @@ from nxm_export.errors import EngineUnavailable
 
 LEAST_TORCH = (2, 11)
 LEAST_CAPABILITY = (8, 0)
-_INSTALL = "pip install 'nxm-export[cusparselt]' --extra-index-url https://download.pytorch.org/whl/cu130"
+_INDEX = "https://download.pytorch.org/whl/cu130"
+_INSTALL = f"pip install 'nxm-export[cusparselt]' --extra-index-url {_INDEX}"
+# pip takes any build of torch that is there already for the one that is asked for.
+_REPLACE = f"pip install --force-reinstall torch --index-url {_INDEX}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def what_is_missing() -> str | None:
     except PackageNotFoundError:
         return f"torch is not installed: {_INSTALL}"
     if installed.endswith("+cpu"):
-        return f"torch {installed} is a build without CUDA: {_INSTALL}"
+        return f"torch {installed} is a build without CUDA: {_REPLACE}"
     numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
     if numbers < LEAST_TORCH:
         return f"torch {installed} is older than {'.'.join(map(str, LEAST_TORCH))}: {_INSTALL}"
@@ -69,7 +72,7 @@ def _missing_of_torch(installed: str) -> str | None:
     except ImportError as error:
         return f"torch {installed} cannot be loaded ({error})"
     if torch.version.cuda is None:
-        return f"torch {installed} is a build without CUDA: {_INSTALL}"
+        return f"torch {installed} is a build without CUDA: {_REPLACE}"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     capability = torch.cuda.get_device_capability(0)
@@ -79,5 +82,5 @@ def _missing_of_torch(installed: str) -> str | None:
             f"tensor cores came with {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
         )
     if not torch.backends.cusparselt.is_available():
-        return f"torch {installed} comes without cuSPARSELt: {_INSTALL}"
+        return f"torch {installed} comes without cuSPARSELt: {_REPLACE}"
     return None

@@ -285,9 +285,14 @@ def _require_runtime() -> None:
         raise EngineUnavailable("ONNX Runtime is not installed; pip install 'nxm-export[ort]'") from error
 
 
+def wants_newer_runtime(passport: EnginePassport) -> bool:
+    """Whether an engine has operators that older ONNX Runtimes lack, such as that of Triton's container 24.10."""
+    return bool(passport.whole_option("onnx_attention"))
+
+
 def notice_runtime(directory: Path, passport: EnginePassport) -> None:
     """Say so where an engine that goes to another place wants a newer ONNX Runtime there than it may have."""
-    if passport.whole_option("onnx_attention"):
+    if wants_newer_runtime(passport):
         notice(
             f"{directory}: wants onnxruntime {_SINCE} or later in Triton's container, which 24.10 does not have; for "
             "an older one, build the engine with --onnxruntime 1.19"

@@ -23,6 +23,7 @@ from nxm_export.errors import ArtifactError
 def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> CompressionPlan | None:
     """The checkpoint's plan as the engine's graph holds it, None for dense ones; `ArtifactError` where they do not
     belong together."""
+    read_config(checkpoint)  # a directory of something else is refused as that, and not called a dense model
     compressed = (checkpoint / PLAN_FILE).is_file()
     if "placement" not in passport.graph:
         raise ArtifactError(

@@ -96,12 +96,19 @@ class ServerOptions:
         default=False, metadata={OPTION: Option("Listen beyond this machine. There is no authentication.")}
     )
     drain: float = field(
-        default=30.0, metadata={OPTION: Option("How long SIGTERM may take.", flag="--drain-seconds", least=0)}
+        default=30.0,
+        metadata={
+            OPTION: Option(
+                "How long a stop waits for answers, after --shutdown-delay-seconds.", flag="--drain-seconds", least=0
+            )
+        },
     )
     shutdown_delay: float = field(
         default=0.0,
         metadata={
-            OPTION: Option("Seconds to go on, not ready, after SIGTERM.", flag="--shutdown-delay-seconds", least=0)
+            OPTION: Option(
+                "How long to take new requests, not ready, after SIGTERM.", flag="--shutdown-delay-seconds", least=0
+            )
         },
     )
     watch: float = field(

@@ -1,9 +1,9 @@
 """Length buckets: the few sequence lengths that a server runs, so that requests of about one length share a batch.
 
 A batch is a rectangle, and padding is computed like text: in a batch of mixed lengths the short ones pay for the long
-ones. So only requests of one bucket are batched, and buckets grow with the length, which bounds the padding at about an
-eighth of a sequence. A batch has as many rows as a budget of tokens holds: a long document is not joined by as many
-others as a sentence is. An engine that was built for profiles gets only buckets that fit into one of them, and
+ones. So only requests of one bucket are batched, and buckets grow with the length, which bounds the padding at a fifth
+of a row of more than 16 tokens. A batch has as many rows as a budget of tokens holds: a long document is not joined by
+as many others as a sentence is. An engine that was built for profiles gets only buckets that fit into one of them, and
 every batch is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape,
 so its batches are as long as their longest request. Where it keeps models compiled for some shapes, their lengths are
 buckets, too: what a bucket holds then nearly fills that shape, and the engine pads it (`engines.compiled_shapes`).

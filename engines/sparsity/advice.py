@@ -24,6 +24,7 @@ _FIXED: dict[str, Callable[[MatrixFacts], MatrixFacts]] = {
     "weight-type": lambda fact: replace(fact, codes="INT8", integer_weight=True),
     "float-input": lambda fact: replace(fact, integer_input=True),
     "float-output": lambda fact: replace(fact, output="int8"),
+    "activation": lambda fact: replace(fact, epilogue="gelu_tanh"),
     "op-form": lambda fact: replace(fact, form="matmul" if fact.form == "conv1x1" else "conv1x1", output="int8"),
 }
 _ADVICE = {
@@ -32,6 +33,7 @@ _ADVICE = {
     "float-input": "quantize its input, too: one QuantizeLinear/DequantizeLinear pair with a static scale",
     "float-output": "quantize its output: a QuantizeLinear/DequantizeLinear pair behind bias and activation, so that "
     "INT8 leaves",
+    "activation": "compute its GELU by tanh, and train with that (in nxm: compress --gelu tanh)",
     "op-form": "write it in the other form (in nxm: export --lowering conv1x1 or matmul)",
     "empty": "nothing can be done with it",
     "k-multiple": "pad K with zeros, in weight and input, to a multiple of 4, or keep it dense",

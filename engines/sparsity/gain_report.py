@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.sparsity.gain import GainBound, GainEstimate, gain_bound, gain_estimate
@@ -21,6 +22,7 @@ _FEW_TOKENS = (
     "so few tokens wait for weights: where the cache holds more of the 2:4 weights than of the dense ones, 2:4 can "
     "gain more than the bound"
 )
+_DENSE_FFN = "ffn_up counts as sparse, and its GELU by erf keeps it dense: --gelu tanh"
 _NAMES = {"trt": "TensorRT", "trt_rtx": "TensorRT-RTX"}
 
 
@@ -113,9 +115,12 @@ def _estimate(estimate: GainEstimate) -> dict[str, object]:
     return {name: {"speedup": one.speedup, **to_json_object(one)} for name, one in passes.items()}
 
 
-def gain_report(model: str, work: Workload, gpu: str, backend: str, version: str | None = None) -> GainReport:
+def gain_report(
+    model: str, work: Workload, gpu: str, backend: str, version: str | None = None, *, epilogue: str = "none"
+) -> GainReport:
     """The report for a pass of `model` on `gpu` (a name that has peaks here, or ``cpu``) with a version of TensorRT.
 
+    `epilogue` is the activation right behind the FFN's first product, as `MatrixFacts` has it.
     Raises `EngineError` for a GPU or version that is not understood, and for a GPU with sparse tensor cores whose peaks
     are not known here.
     """
@@ -130,7 +135,9 @@ def gain_report(model: str, work: Workload, gpu: str, backend: str, version: str
     figures = figures_of(gpu)
     gain = Gain(figures, gain_bound(work, figures), gain_estimate(work, figures))
     few = work.tokens < gain.bound.dense_arithmetic_from_tokens
-    notes = (*work.notes, _FEW_TOKENS) if few else work.notes
+    with_it, alone = ([_kernel(target, LOWERING, output, how) for output in _OUTPUTS] for how in (epilogue, "none"))
+    stays_dense = _all_missing(with_it) and not _all_missing(alone)
+    notes = (*work.notes, *((_FEW_TOKENS,) if few else ()), *((_DENSE_FFN,) if stays_dense else ()))
     return GainReport(model, figures.name, target, work.batch, work.sequence, kernels, gain, None, notes)
 
 
@@ -139,7 +146,11 @@ def first_shape(tokens: int, sequence: int) -> str:
     return f"{math.ceil(tokens / sequence)}x{sequence}"
 
 
-def _kernel(target: SparsityTarget, form: str, output: str) -> KernelAnswer:
+def _all_missing(kernels: Sequence[KernelAnswer]) -> bool:
+    return all(kernel.exists is False for kernel in kernels)
+
+
+def _kernel(target: SparsityTarget, form: str, output: str, epilogue: str = "none") -> KernelAnswer:
     found: Existence = sparse_kernel_exists(
         backend=target.backend,
         version=target.version,
@@ -147,6 +158,7 @@ def _kernel(target: SparsityTarget, form: str, output: str) -> KernelAnswer:
         weights="int8",
         form=form,
         output=output,
+        epilogue=epilogue,
     )
     return KernelAnswer(form, output, found.exists, found.source)
 
@@ -155,7 +167,7 @@ def _refusal(gpu: str, target: SparsityTarget, kernels: tuple[KernelAnswer, ...]
     """Why 2:4 cannot pay, whatever the model; None where it may."""
     for problem in target_problems(target):
         return str(problem)
-    if any(kernel.exists is not False for kernel in kernels):
+    if not _all_missing(kernels):
         return None
     sources = " ".join(dict.fromkeys(kernel.source for kernel in kernels))
     return (

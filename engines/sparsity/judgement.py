@@ -32,6 +32,7 @@ _ALIGNMENT_HINT = (
     "guide, Optimizing for Tensor Cores)"
 )
 SMALL = 256  # below it, dense kernels win (NVIDIA/TensorRT issues 3849 and 4065)
+_INT8_SINCE = 7.2  # compute capability
 _QUANTIZED = ("int8",)  # what sparse integer kernels multiply
 _FLOATS = ("float", "float16", "bfloat16", "float32", "float8")
 REASONS = {
@@ -49,6 +50,7 @@ REASONS = {
     "float-input": "its input is not quantized to INT8, so the product runs in float",
     "flag-off": "built without the flag that allows sparse kernels",
     "float-output": "sparse INT8 kernels here write INT8, and this product writes float: quantize its output",
+    "activation": "no sparse INT8 kernel here computes the activation right behind it",
     "op-form": "sparse kernels here exist for another form of the product (see --lowering)",
     "no-kernel": "this TensorRT has no sparse kernel for this product on this GPU",
     "size": f"K or N is below {SMALL}: the builder found dense faster",
@@ -76,8 +78,14 @@ class SparsityTarget:
     sparse_flag: bool = True
     has_gpu: bool = True
 
-    def kernel_for(self, fact: MatrixFacts, *, form: str, output: str) -> Existence:
-        """Whether a sparse kernel exists for a matrix in another `form` or with another `output`."""
+    @property
+    def multiplies_int8(self) -> bool:
+        """Whether its tensor cores multiply INT8, dense: those of compute capability 7.0 (V100) do not, and earlier
+        GPUs have none (CUDA C++ Programming Guide, Warp Matrix Functions: from 7.2 on)."""
+        return all(float(part) >= _INT8_SINCE for part in self.compute_capability.split(","))
+
+    def kernel_for(self, fact: MatrixFacts, *, form: str, output: str, epilogue: str) -> Existence:
+        """Whether a sparse kernel exists for a matrix in another `form`, or with another `output` or `epilogue`."""
         return sparse_kernel_exists(
             backend=self.backend,
             version=self.version,
@@ -85,6 +93,7 @@ class SparsityTarget:
             weights=weight_type(fact),
             form=_kernel_form(fact, form),
             output=output,
+            epilogue=epilogue,
         )
 
 
@@ -310,7 +319,7 @@ def _unbuilt(fact: MatrixFacts, weight: WeightSparsity, target: SparsityTarget) 
             f"{operators} between its DequantizeLinear and the product: whether TensorRT makes one integer product of "
             "them is not known. Store the weight as the product reads it"
         )
-    source = target.kernel_for(fact, form=fact.form, output=fact.output).source
+    source = target.kernel_for(fact, form=fact.form, output=fact.output, epilogue=fact.epilogue).source
     return "kernel-unknown", f"{REASONS['kernel-unknown']}. {source}"
 
 
@@ -321,13 +330,15 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
         return *obstacle, False
     if not target.sparse_flag:
         return "flag-off", "", False
-    kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
+    kernel = target.kernel_for(fact, form=fact.form, output=fact.output, epilogue=fact.epilogue)
     if kernel.exists is not False:
         return None, "", None if fact.moved_by else kernel.exists
-    if target.kernel_for(fact, form=fact.form, output="int8").exists:
+    if target.kernel_for(fact, form=fact.form, output=fact.output, epilogue="none").exists is not False:
+        return "activation", f"{REASONS['activation']} ({fact.epilogue}). {kernel.source}", False
+    if target.kernel_for(fact, form=fact.form, output="int8", epilogue="none").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):
-        if target.kernel_for(fact, form=form, output="int8").exists:
+        if target.kernel_for(fact, form=form, output="int8", epilogue="none").exists:
             text = f"sparse kernels here exist for {form} with INT8 output, and this is {fact.form}. {kernel.source}"
             return "op-form", text, False
     return "no-kernel", f"{REASONS['no-kernel']}. {kernel.source}", False

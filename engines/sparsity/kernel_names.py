@@ -77,7 +77,8 @@ class CatalogueEntry:
     """Products, by patterns with ``*``, for which a sparse kernel exists, does not, or nobody has looked (None).
 
     `weights` is the type that is multiplied (``int8``, ``float16``, ``float`` for floats of an unknown type). `version`
-    is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `source` is a key of the sources.
+    is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `epilogue` is the activation that the
+    kernel computes on its way out, as `MatrixFacts` has it. `source` is a key of the sources.
     """
 
     backend: str | tuple[str, ...]
@@ -88,6 +89,7 @@ class CatalogueEntry:
     output: str | tuple[str, ...]
     exists: bool | None
     source: str
+    epilogue: str = "*"
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,18 @@ def _catalogue() -> KernelCatalogue:
 
 
 def sparse_kernel_exists(
-    *, backend: str, version: str, compute_capability: str, weights: str, form: str, output: str
+    *,
+    backend: str,
+    version: str,
+    compute_capability: str,
+    weights: str,
+    form: str,
+    output: str,
+    epilogue: str = "none",
 ) -> Existence:
     """The catalogue's answer for one product; a list of compute capabilities must agree, or the answer is None."""
     answers = [
-        _lookup(backend, version, capability.strip(), weights, form, output)
+        _lookup(backend, version, capability.strip(), weights, form, output, epilogue)
         for capability in compute_capability.split(",")
     ]
     sources = " ".join(dict.fromkeys(answer.source for answer in answers))
@@ -119,7 +128,9 @@ def sparse_kernel_exists(
     return Existence(kinds.pop() if len(kinds) == 1 else None, sources)
 
 
-def _lookup(backend: str, version: str, capability: str, weights: str, form: str, output: str) -> Existence:
+def _lookup(
+    backend: str, version: str, capability: str, weights: str, form: str, output: str, epilogue: str
+) -> Existence:
     for entry in _catalogue().rows:
         if (
             _fits(entry.backend, backend)
@@ -128,6 +139,7 @@ def _lookup(backend: str, version: str, capability: str, weights: str, form: str
             and _fits(entry.weights, weights)
             and _fits(entry.form, form)
             and _fits(entry.output, output)
+            and _fits(entry.epilogue, epilogue)
         ):
             return Existence(entry.exists, _catalogue().sources[entry.source])
     return Existence(None, "nothing is known of such products")

@@ -43,8 +43,8 @@ CAPABILITIES = BackendCapabilities("gpu", optimization_profiles=True, sparse_ker
 ENGINE_FILE = "model.engine"
 MODULE = "tensorrt"
 INSTALL = (
-    "pip install 'nxm-export[trt]' (docs/tensorrt.md has the versions and their drivers; building without a GPU: "
-    "--backend trt_rtx)"
+    "pip install 'nxm-export[trt]', and TensorRT beside it: tensorrt-cu13, tensorrt-cu12 or older, by your driver "
+    "(docs/tensorrt.md; building without a GPU: --backend trt_rtx)"
 )
 
 

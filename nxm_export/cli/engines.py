@@ -20,7 +20,7 @@ from nxm_export.cli.options import (
     given_options,
     json_option,
 )
-from nxm_export.cli.output import print_next, quoted, show_result
+from nxm_export.cli.output import print_next, quoted, serving_of, show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.contract.choices import (
@@ -135,9 +135,8 @@ def compare(
     comparison = compare_engines(checkpoint, engines, data, named, gates)
     show_result(comparison.to_list, json, lambda: print_comparison(comparison, everything))
     if not json:
-        following = f"nxm serve {quoted(engines[0])} --text"
         parts = f"nxm compare {quoted(engines[0])} --checkpoint {quoted(checkpoint)} --data {quoted(data)} --bisect"
-        print_next(following if comparison.passed else parts)
+        print_next(*(serving_of(engines) if comparison.passed else (parts,)))
     comparison.require()
 
 

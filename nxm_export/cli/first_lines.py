@@ -60,9 +60,7 @@ def of_graph(facts: GraphFacts) -> str:
 
 def of_engine(facts: EngineInspection) -> str:
     """What an engine directory holds. Where sparse kernels are known, their own sentence follows."""
-    device = facts.passport.device
-    where = device.get("gpu") or device.get("name") or device.get("kind") or "an unknown device"
-    return f"An engine of backend {facts.passport.backend}, built on {where}."
+    return f"An engine of backend {facts.passport.backend}, built on {facts.passport.built_on}."
 
 
 def of_build(facts: Mapping[str, object], *, twins: bool) -> str:

@@ -49,7 +49,12 @@ def _print(report: GainReport) -> None:
     _say(f"verdict: {report.verdict}")
     if report.gain is None:
         if report.target is not None:  # the verdict for a CPU says it
-            click.echo("INT8 without a pattern needs no sparse kernel: --pattern none")
+            dense = report.target.multiplies_int8
+            click.echo(
+                "INT8 without a pattern needs no sparse kernel: --pattern none"
+                if dense
+                else "Its tensor cores, if it has any, multiply no INT8 either: stay with FP16"
+            )
         return
     _say("Nothing here is measured; docs/will-it-pay.md has the assumptions.")
     title = f"{report.model} on {report.gpu} at {report.batch}x{report.sequence}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import click
 
@@ -29,6 +30,13 @@ def print_next(command: str, about: str = "") -> None:
 def quoted(path: object) -> str:
     """A path as a shell takes it."""
     return shlex.quote(str(path))
+
+
+def serving_of(engines: Sequence[Path]) -> tuple[str, str]:
+    """The command that serves an engine, and a word about it; of several nobody has said yet which one to keep."""
+    if len(engines) == 1:
+        return f"nxm serve {quoted(engines[0])} --text", ""
+    return "nxm serve ENGINE --text", "the one that you keep"
 
 
 def one_line(text: str) -> str:

@@ -60,7 +60,7 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
 
     task = TASKS[load_spec(engine).task]
     if bool(texts) == bool(data):
-        raise click.UsageError("give TEXTs, or --data with a file of them")
+        raise click.UsageError("give either TEXTs, or --data with a file of them")
     if data is None and (options["text"] or options["text_pair"]):
         raise click.UsageError("--text-column and --pair-column name columns of --data")
     if data is not None and pairs:

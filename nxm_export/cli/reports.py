@@ -48,7 +48,7 @@ def card(path: Path, out: Path, base_model: str | None, license: str | None, for
     from nxm_export.reporting import card as write_card
 
     written = write_card(path, out, force=force, base_model=base_model, license=license)
-    _show_file(written, json, f"hf upload USER/NAME {quoted(path)}")
+    _show_file(written, json, f"hf upload USER/NAME {quoted(written)} README.md")
 
 
 def _show_file(file: Path, json: bool, following: str) -> None:

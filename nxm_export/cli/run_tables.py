@@ -78,7 +78,7 @@ def print_compression(title: str, metrics: CompressionMetrics, head: str) -> Non
         ("head", "the model's" if head == "kept" else "fine-tuned first"),
         ("training steps", metrics.steps),
         ("training samples", metrics.train_samples),
-        ("held out of them", metrics.held_out_samples),
+        ("kept for checks", metrics.held_out_samples),
     ]
     if metrics.more_text is not None:
         more = metrics.more_text

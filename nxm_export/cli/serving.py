@@ -64,7 +64,9 @@ class _ServeOptions:
 @setting_option(ModelOptions, "merge")
 @setting_option(ModelOptions, "max_delay")
 @click.option(
-    "--buckets", metavar="N,N,...", help="Lengths that requests are padded to.  [default: steps of an eighth]"
+    "--buckets",
+    metavar="N,N,...",
+    help="Lengths that requests are padded to.  [default: 4, 8, ... 32, 40, ... 64, 80, ...: four to a doubling]",
 )
 @setting_option(ModelOptions, "max_queue")
 @setting_option(RequestLimits, "timeout")
@@ -141,6 +143,8 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
 
     ENGINE is a directory. Several of one NAME are one model for several GPUs.
     """
+    from engines.ort.backend import wants_newer_runtime
+    from engines.passport import load_passport
     from engines.serving.repository import EngineSource
     from engines.triton import export_repository
 
@@ -150,7 +154,8 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
         image=image or TRITON_IMAGE,
         expect_sha256=expected_hashes(values),
     )
-    manifest = export_repository([EngineSource.parse(text) for text in engines], out, options)
+    sources = [EngineSource.parse(text) for text in engines]
+    manifest = export_repository(sources, out, options)
     for name, engines_of_it in manifest.models.items():
         for facts in engines_of_it:
             if facts.session is not None and facts.session.difference != 0:
@@ -160,6 +165,9 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
     def show() -> None:
         click.echo(f"Written: {', '.join(manifest.models)} for {manifest.image}.")
         print_table(str(out), ("file", "sha256 begins"), files)
-        print_next(f"docker compose -f {quoted(out / 'compose.yaml')} up --build")
+        if image is None and any(wants_newer_runtime(load_passport(source.directory)) for source in sources):
+            print_next("nxm build GRAPH --onnxruntime 1.19 --out ENGINE", "for this container, or name a newer --image")
+        else:
+            print_next(f"docker compose -f {quoted(out / 'compose.yaml')} up --build")
 
     show_result(manifest.to_dict, json, show)

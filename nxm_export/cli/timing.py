@@ -22,7 +22,7 @@ from nxm_export.cli.options import (
     shape_of,
     typed,
 )
-from nxm_export.cli.output import print_next, quoted, show_result
+from nxm_export.cli.output import print_next, quoted, serving_of, show_result
 from nxm_export.contract.choices import (
     BENCH_ROUNDS,
     BENCH_SHAPES,
@@ -102,6 +102,7 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
     ENGINEs are timed in turns; speeds are against the first. With --serve running servers are loaded instead.
     """
     from nxm_export.pipeline.engine_timing import bench_engines, bench_text
+    from nxm_export.pipeline.sparsity_twins import is_twins
 
     options = typed(_BenchOptions, values)
     _require_bench_usage(options, with_engine=bool(engines))
@@ -114,13 +115,15 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
         text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
         if not json:
-            print_next(f"nxm serve {quoted(engines[0])} --text")
+            print_next(*serving_of(engines))
         return
     shapes = [shape_of(text) for text in options.shapes] or None
     report = bench_engines(engines, shapes, options.rounds or BENCH_ROUNDS, options.threads)
     show_result(report.to_dict, json, lambda: print_latency(report))
-    if not json:
-        print_next(f"nxm serve {quoted(engines[0])} --text")
+    if not json and is_twins(engines[0]):
+        print_next(f"nxm inspect {quoted(engines[0])} --measure", "which matrices run sparse")
+    elif not json:
+        print_next(*serving_of(engines))
 
 
 def _require_bench_usage(options: _BenchOptions, *, with_engine: bool) -> None:

@@ -176,7 +176,9 @@ def run(demo: bool, dry_run: bool, json: bool, **values: object) -> None:
         request = replace(request, weights_stored=options.weights_stored, planned=chosen.given, backends=backends)
         if dry_run:
             from nxm_export.pipeline.estimate import estimate
+            from nxm_export.storage.run_dir import require_run_directory
 
+            require_run_directory(out)
             result = estimate(request, chosen)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             if not json:

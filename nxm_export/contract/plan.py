@@ -56,7 +56,9 @@ class NMPattern:
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or type(self.m) is not int or not 0 < self.n < self.m:
-            raise PlanError(f"N:M pattern needs 0 < N < M, got {self}; leave `pattern` out for a dense weight")
+            raise PlanError(
+                f"N:M pattern needs 0 < N < M, got {self}; for dense weights give none (in a plan: leave `pattern` out)"
+            )
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

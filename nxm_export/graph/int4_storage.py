@@ -40,7 +40,9 @@ def require_int4(plan: CompressionPlan | None, form: str | None, lowering: str, 
     if form is None:
         raise ExportError(f"target {target}: TensorRT 8.6 has no INT4; {_WAY_OUT}, or use target cpu or trt")
     if plan is None or not _of_4_bits(plan):
-        raise ExportError(f"no weight of this graph is an integer of 4 bits or fewer; {_WAY_OUT}, or compress to W4")
+        raise ExportError(
+            f"no weight of this graph is an integer of 4 bits or fewer; {_WAY_OUT}, or compress with --weight-bits 4"
+        )
     names = int4_weights(plan, form, lowering)
     if not names:
         raise ExportError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import read_config_file
 from nxm_export.contract.choices import TENSORRT_BACKENDS
+from nxm_export.contract.encoder_family import INSIDE
 from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
@@ -52,10 +53,13 @@ def expected_gain(
         raise ArtifactError(f"{path} has no config.json and no graph; give the directory of a model, or an ONNX file")
     if is_model_directory(path):
         config = read_config_file(path)
-        work = encoder_workload(family_of(config, source=str(path / "config.json")), config, batch, sequence)
-    else:
-        work = _graph_workload(onnx_file(path), batch, sequence)
-    return gain_report(str(path), work, gpu, backend, version)
+        family = family_of(config, source=str(path / "config.json"))
+        work = encoder_workload(family, config, batch, sequence)
+        inside = any(linear.writes == INSIDE for linear in family.linears)  # no quantizer comes before the activation
+        gelu = family.gelu(config)
+        epilogue = f"gelu_{gelu}" if inside and gelu else "none"
+        return gain_report(str(path), work, gpu, backend, version, epilogue=epilogue)
+    return gain_report(str(path), _graph_workload(onnx_file(path), batch, sequence), gpu, backend, version)
 
 
 def _graph_workload(file: Path, batch: int, sequence: int) -> Workload:

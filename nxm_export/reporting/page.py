@@ -271,12 +271,12 @@ def _engines(run: Run) -> PageTable:
         if engine.passport is None:
             continue
         passport = engine.passport.content
-        graph, device = passport.graph, passport.device
+        graph = passport.graph
         rows.append(
             (
                 Code(engine.name),
                 f"{passport.backend}, {graph.get('dtype', 'unknown')}, {graph.get('placement', 'unknown')}",
-                device.get("gpu") or device.get("name") or device.get("kind") or "unknown",
+                passport.built_on,
                 passport.created,
                 Code(passport.engine_sha256),
                 Code(passport.onnx_sha256),

@@ -200,14 +200,7 @@ class RunDir:
 
     def _create(self) -> None:
         try:
-            # What a killed process had begun to write, under its own name, does not make a directory foreign.
-            if self.root.exists() and not (
-                self.root.is_dir() and all(file.name.endswith(".partial") for file in self.root.iterdir())
-            ):
-                raise ArtifactError(
-                    f"{self.root} exists and is not a run directory (no {MANIFEST}); choose another --out, "
-                    "or an empty directory"
-                )
+            require_run_directory(self.root)
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArtifactError(
@@ -217,6 +210,17 @@ class RunDir:
             if not self._manifest_file.is_file():
                 write_atomic(self._manifest_file, encode(Manifest({}), SCHEMA))
                 self._new, self._removed = True, False
+
+
+def require_run_directory(root: Path) -> None:
+    """Raise `ArtifactError` where `root` is neither a run, nor free for one."""
+    # What a killed process had begun to write, under its own name, does not make a directory foreign.
+    if (root / MANIFEST).is_file() or not root.exists():
+        return
+    if not (root.is_dir() and all(file.name.endswith(".partial") for file in root.iterdir())):
+        raise ArtifactError(
+            f"{root} exists and is not a run directory (no {MANIFEST}); choose another --out, or an empty directory"
+        )
 
 
 def _read_manifest(file: Path) -> Manifest:

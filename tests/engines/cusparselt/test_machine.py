@@ -45,7 +45,7 @@ def _pretend(
     ("facts", "message"),
     [
         ({"version": None, "driver": False}, "torch is not installed: pip install .nxm-export.cusparselt."),
-        ({"version": CPU_BUILD, "driver": False}, "torch 2.11.0+cpu is a build without CUDA"),
+        ({"version": CPU_BUILD, "driver": False}, "torch 2.11.0+cpu is a build without CUDA: pip install --force-"),
         ({"version": "2.10.1+cu128", "driver": False}, "torch 2.10.1+cu128 is older than 2.11"),
         ({"driver": False, "gpu": False}, "there is no NVIDIA driver"),
         ({"version": "2.12.0", "cuda": None}, "torch 2.12.0 is a build without CUDA"),

@@ -79,6 +79,8 @@ def test_twins_are_built_timed_and_judged(tmp_path: Path, tiny_checkpoint: Calla
     report = answer(["bench", twins, "--shape", "2x8", "--rounds", "2"])
     assert [row["name"] for row in as_objects(report["timings"])] == list(TWINS)
     assert "no sparse kernel is proven to run" in str(report["verdict"])
+    said = nxm(["bench", twins, "--shape", "2x8", "--rounds", "1"]).stderr
+    assert said.splitlines()[-1].startswith(f"next: nxm inspect {twins} --measure")
 
 
 @pytest.mark.usefixtures("gpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nxm_export.contract.encoder_family import GELUS
 from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.reading.sparsity_scan import matrix_facts
@@ -104,6 +105,16 @@ def test_fused_rotated_and_gated_matrices_have_integers_on_both_sides(family: st
         planned = [weight for weight in weights_of(file).values() if weight["planned_sparse"]]
         assert len(planned) == tiny.matrices(family, 1, split=True)
         outcomes[placement] = {weight["reason"] for weight in planned}
-    # "no-engine": ready; GELU alone is followed by a quantizer where only inputs have one
-    behind_gelu = {"no-engine"} if family == "jina_embeddings_v3" else set()
-    assert outcomes == {"attention": {"no-engine"}, "inputs": {"float-output"} | behind_gelu}
+    # "no-engine": ready. Jina's FFN is not gated: what is quantized comes behind GELU by erf, in no sparse kernel
+    behind_gelu = {"activation"} if family == "jina_embeddings_v3" else set()
+    assert outcomes == {"attention": {"no-engine"} | behind_gelu, "inputs": {"float-output"} | behind_gelu}
+
+
+def test_a_product_in_front_of_gelu_by_erf_is_not_ready_and_of_gelu_by_tanh_it_is(tmp_path: Path) -> None:
+    def reasons(gelu: str) -> set[object]:
+        checkpoint = baked.write_checkpoint("bert", tmp_path / gelu, options={"hidden_act": GELUS[gelu]})
+        file = export(checkpoint, tmp_path / f"graph-{gelu}", target="trt8", placement="inputs-outputs").path
+        return {weight["reason"] for name, weight in weights_of(file).items() if ".intermediate." in name}
+
+    assert reasons("erf") == {"activation"}
+    assert reasons("tanh") == {"no-engine"}

@@ -198,6 +198,14 @@ def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() ->
         ({}, H100, "op-form"),
         ({"form": "conv1x1", "output": "float32"}, H100, "float-output"),
         ({}, replace(A100, compute_capability="7.5"), "no-kernel"),
+        ({"epilogue": "gelu_erf"}, A100, "activation"),
+        (
+            {"epilogue": "gelu_erf"},
+            SparsityTarget("trt_rtx", "1.7.1", "8.6, 8.9, 12.0"),
+            "activation",
+        ),  # on some of them
+        ({"epilogue": "gelu_erf", "output": "float16"}, A100, "float-output"),
+        ({"epilogue": "gelu_erf"}, replace(A100, compute_capability="7.5"), "no-kernel"),
         ({}, replace(A100, sparse_flag=False), "flag-off"),
     ],
 )
@@ -358,8 +366,12 @@ def test_the_catalogue_answers_with_a_source_and_only_what_was_read() -> None:
     assert ask(output="float16").exists is False
     assert ask(**h100).exists is False
     assert ask(**h100, form="conv1x1").exists is True
+    assert ask(epilogue="gelu_tanh").exists is True
+    assert ask(epilogue="gelu_erf").exists is False
+    assert ask(**h100, form="conv1x1", epilogue="gelu_erf").exists is False
     assert ask(version="11.4.0.106").exists is None
     assert ask(version="10.14.1", compute_capability="8.9").exists is True
+    assert ask(version="10.14.1", compute_capability="8.9", epilogue="gelu_erf").exists is None
     assert ask(backend="ort").exists is None
     assert ask(version="10.1").exists is None, "10.1 is not 10.14"
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9").exists is True

@@ -23,11 +23,15 @@ _CUTLASS = re.compile(
 RUNS = {"80": ("8.0",), "86": ("8.6", "8.9"), "90": ("9.0",), "100": ("10.0",), "120": ("12.0",)}
 
 
-def library_names() -> list[str]:
+def library() -> Path:
     spec = find_spec("tensorrt_rtx_libs")
     assert spec is not None
     assert spec.origin is not None
-    return list(count(Path(spec.origin).with_name("libtensorrt_rtx.so.1")))
+    return Path(spec.origin).with_name("libtensorrt_rtx.so.1")
+
+
+def library_names() -> list[str]:
+    return list(count(library()))
 
 
 def named() -> set[tuple[str, str, str, str]]:
@@ -69,3 +73,18 @@ def test_the_rows_of_tensorrt_rtx_are_the_names_in_its_library() -> None:
                     expected = output in written if weights == "int8" else bool(written)
                     open_question = (weights, form) == ("int8", "conv") and not capability.startswith("12")
                     assert answer.exists is (None if open_question else expected), (capability, weights, form, output)
+
+
+@pytest.mark.slow  # 4 seconds, for a library of 230 MB
+@pytest.mark.skipif(not version("tensorrt-rtx-cu13").startswith("1.7"), reason="the catalogue is of TensorRT-RTX 1.7")
+def test_a_sparse_int8_product_has_gelu_by_erf_inside_where_the_library_names_one() -> None:
+    names = re.findall(rb"(sm8[06])_xmma_(sparse_)?gemm_i8i8_\w+?_(gelu_erf|gelu)\b", library().read_bytes())
+    assert {(b"sm80", b"", b"gelu_erf"), (b"sm80", b"sparse_", b"gelu")} <= set(names), "the names were found at all"
+    for architecture in ("80", "86"):
+        for epilogue, inside in (("gelu_tanh", b"gelu"), ("gelu_erf", b"gelu_erf")):
+            for capability in RUNS[architecture]:
+                answer = sparse_kernel_exists(
+                    backend="trt_rtx", version="1.7.1", compute_capability=capability, weights="int8", form="matmul",
+                    output="int8", epilogue=epilogue,
+                )  # fmt: skip
+                assert answer.exists is ((f"sm{architecture}".encode(), b"sparse_", inside) in names), epilogue

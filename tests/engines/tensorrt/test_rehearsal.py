@@ -366,7 +366,7 @@ def test_without_tensorrt_it_says_what_to_install(checkpoint: Path, tmp_path: Pa
         tmp_path / "out",
         code=1,
     )
-    assert "TensorRT is not installed; pip install 'nxm-export[trt]'" in text
+    assert "TensorRT is not installed; pip install 'nxm-export[trt]', and TensorRT beside it: tensorrt-cu13" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from click.testing import CliRunner
 
 from engines.base import BuildOptions, Profile
 from engines.sparsity.build_evidence import LayerInfo, parse_layers
+from nxm_export.cli import main
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS
 from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityError
@@ -272,6 +274,8 @@ def test_weights_beside_the_graph_are_built_into_the_engine(tmp_path: Path) -> N
     onnx.save(onnx.load(plain), beside, save_as_external_data=True, location="beside.onnx.data", size_threshold=0)
     assert has_external_data(load_graph(beside))
     assert build_engine(beside, tmp_path / "engine", "trt_rtx").backend == "trt_rtx"
+    inspected = CliRunner().invoke(main, ["inspect", str(tmp_path / "engine")])
+    assert inspected.stdout.startswith("An engine of backend trt_rtx, built on no GPU, for compute capability 8.6, ")
     assert not list((tmp_path / "engine").glob("*.data"))
 
 

@@ -271,6 +271,21 @@ def test_an_onnx_engine_is_configured_as_it_was_proven(tiny_engine: Callable[...
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("options", "following"),
+    [
+        ((), "next: nxm build GRAPH --onnxruntime 1.19"),
+        (("--image", "nvcr.io/nvidia/tritonserver:99.01-py3"), "next: docker compose"),
+    ],
+)
+def test_a_container_that_cannot_load_the_engine_is_not_what_to_start_next(
+    tiny_engine: Callable[..., Path], tmp_path: Path, options: tuple[str, ...], following: str
+) -> None:
+    result = CliRunner().invoke(main, ["triton", f"m={tiny_engine('ort')}", "--out", str(tmp_path / "repo"), *options])
+    assert result.exit_code == 0, result.output
+    assert following in result.stderr
+
+
 def test_a_session_on_a_gpu_is_not_called_the_proven_one(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
     manifest = export_repository(
         [EngineSource("m", "1", tiny_engine("ort"))], tmp_path / "repo", TritonOptions(kind="gpu")

@@ -278,6 +278,8 @@ def test_a_wrong_reference_is_refused(small: Path, tmp_path: Path) -> None:
     other = baked.write_checkpoint("bert", tmp_path / "other", seed=1)
     with pytest.raises(nxm.ArtifactError, match="was built from other weights"):
         nxm.compare(small / "engine", small / "dev.tsv", checkpoint=other)
+    with pytest.raises(nxm.ArtifactError, match=r"engine has no config\.json: not a Hugging Face model directory"):
+        nxm.compare(small / "engine", small / "dev.tsv", checkpoint=small / "engine")
 
 
 def test_the_task_of_an_engine_is_checked(small: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_verdict_comes_first_and_all_of_it_fits_a_terminal(model: Path) -> N
         "limit (estimate)"
     )
     assert third.startswith("Nothing here is measured")
-    assert len(lines) <= 25
+    assert len(lines) <= 26
     assert max(map(len, lines)) <= 80
     assert "INT8 out yes; FP16 out no" in result.stdout
     assert "192 tokens (2x128)" in result.stdout
@@ -174,3 +174,30 @@ def test_a_directory_of_neither_says_so(tmp_path: Path) -> None:
     result = doctor(tmp_path, "--gpu", "L4", "--shape", "1x4")
     assert result.exit_code == 1
     assert "has no config.json and no graph" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("activation", "target", "noted"),
+    [
+        ("gelu", ("--backend", "trt_rtx"), True),
+        ("gelu", ("--version", "8.6"), True),
+        ("gelu", ("--version", "11.4"), False),  # nobody has looked
+        ("gelu_new", ("--backend", "trt_rtx"), False),
+        ("relu", ("--backend", "trt_rtx"), False),
+    ],
+)
+def test_a_product_that_its_gelu_keeps_dense_is_noted(
+    model: Path, activation: str, target: tuple[str, ...], noted: bool
+) -> None:
+    (model / "config.json").write_text(json.dumps({**CONFIG, "hidden_act": activation}), encoding="utf-8")
+    result = doctor(model, "--gpu", "L4", "--json", *target)
+    assert result.exit_code == 0, result.output
+    assert ("--gelu tanh" in str(entry_at(json.loads(result.stdout), "notes"))) is noted
+
+
+@pytest.mark.parametrize(("gpu", "advice"), [("T4", "--pattern none"), ("V100", "stay with FP16")])
+def test_int8_is_advised_where_tensor_cores_multiply_it(model: Path, gpu: str, advice: str) -> None:
+    result = doctor(model, "--gpu", gpu)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("verdict: 2:4 cannot pay here")
+    assert advice in result.stdout.splitlines()[-1]

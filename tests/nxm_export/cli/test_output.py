@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from nxm_export.cli.output import one_line
+from nxm_export.cli.output import one_line, serving_of
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,9 @@ from nxm_export.cli.output import one_line
 )
 def test_a_message_is_one_line_without_control_characters(text: str, line: str) -> None:
     assert one_line(text) == line
+
+
+def test_of_several_engines_none_is_proposed_to_be_served() -> None:
+    """The first of them is what the others are measured against: often the slow one."""
+    assert serving_of([Path("my engine")]) == ("nxm serve 'my engine' --text", "")
+    assert serving_of([Path("dense"), Path("int8")]) == ("nxm serve ENGINE --text", "the one that you keep")

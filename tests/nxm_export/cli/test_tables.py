@@ -136,7 +136,7 @@ def test_a_compression_says_what_it_did_and_no_hash(capsys: Capture) -> None:
         "head fine-tuned first",
         "training steps 120",
         "training samples 800",
-        "held out of them 80",
+        "kept for checks 80",
         "outputs in float L1-2 output",
         "the INT8 table costs 0.50 points",
     ]

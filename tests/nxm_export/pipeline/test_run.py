@@ -410,6 +410,17 @@ def test_a_run_searches_its_plan_and_another_takes_it_from_a_file(
     refused(desk.nxm(*desk.arguments(tmp_path / "x", f"--plan={tmp_path / 'wrong.json'}")), "roberta")
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_directory_of_something_else_is_refused_before_anything_is_trained(
+    desk: Desk, tmp_path: Path, dry: bool
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    result = desk.nxm(*desk.arguments(tmp_path / "mine", *(["--dry-run"] if dry else [])))
+    _refused(result, "exists and is not a run directory")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
 def test_weights_in_half_precision_count_as_they_are_trained(desk: Desk, tmp_path: Path) -> None:
     halved = tmp_path / "halved"
     shutil.copytree(desk.model, halved)

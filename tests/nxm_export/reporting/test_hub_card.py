@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from nxm_export.cli import main
 from nxm_export.contract.records.checkpoint_metrics import read_metrics
 from nxm_export.errors import ArtifactError
 from nxm_export.reporting import card
@@ -89,6 +91,13 @@ def test_the_card_of_a_checkpoint_has_its_plan_and_its_metrics(finished: Path, t
     assert "nxm export CHECKPOINT" in text
     assert "with backend(" not in text
     assert "it was not compared" in text
+
+
+def test_what_the_command_proposes_to_upload_is_the_card_alone(finished: Path, tmp_path: Path) -> None:
+    """A whole run directory holds command lines, paths and labels, and the card would not be its README.md."""
+    result = CliRunner().invoke(main, ["card", str(finished), "--out", str(tmp_path / "CARD.md")])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1] == f"next: hf upload USER/NAME {tmp_path / 'CARD.md'} README.md"
 
 
 def test_names_cannot_break_out_of_the_card(finished: Path, tmp_path: Path) -> None:

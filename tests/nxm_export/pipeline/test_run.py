@@ -417,7 +417,7 @@ def test_a_directory_of_something_else_is_refused_before_anything_is_trained(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     result = desk.nxm(*desk.arguments(tmp_path / "mine", *(["--dry-run"] if dry else [])))
-    _refused(result, "exists and is not a run directory")
+    refused(result, "exists and is not a run directory")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 

@@ -293,13 +293,13 @@ def _grid(statistics: TaskStatistics, store: TaskStore) -> GridTable | None:
 
 
 def _together(glue: Sequence[TaskStatistics]) -> Cells:
-    """The rows that at least two tasks have: of one task alone its own table says all."""
+    """The rows that at least two tasks have, beside a dense one: of one task alone its own table says all."""
     cells = []
     for row in sorted({row for statistics in glue for row in statistics.rows if row != "dense"}, key=position):
-        having = [statistics for statistics in glue if row in statistics.rows]
+        having = [statistics for statistics in glue if statistics.retention(row) is not None]
         result = overall(having, row)
         if len(having) > 1 and result is not None:
-            named = [f"{statistics.task.title} ({len(statistics.seeds(row))})" for statistics in having]
+            named = [f"{task.task.title} ({len(task.common_seeds(row))})" for task in having]
             cells.append([f"`{row}`", ", ".join(named), _retention(result[0]), f"{100 * result[1]:.2f}"])
     return cells
 

@@ -59,7 +59,7 @@ def test_nothing_is_found_before_everything_is_loaded(copy: Path) -> None:
         repository.find("m", None)
     assert (refused.value.status, refused.value.reason) == (503, "loading")
     assert not repository.ready
-    assert [entry["state"] for entry in repository.index()] == ["LOADING"]
+    assert repository.index() == [{"name": "m", "version": "1", "state": "LOADING", "reason": ""}]
     repository.stop_opening()
     repository.open()
     assert not repository.opened

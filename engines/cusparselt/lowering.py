@@ -327,7 +327,7 @@ def _weight(node: ir.Node) -> _Weight | None:
     transposed = node.op_type == "Gemm" and _whole(node, "transB", 0)
     channels = 0 if transposed else 1
     scale, axis = _numbers(dequantize.inputs[1]), _whole(dequantize, "axis", 1) % 2
-    if scale is None or _whole(dequantize, "block_size", 0):
+    if scale is None:
         return None
     if scale.size != 1 and (axis != channels or scale.shape != (codes.shape[channels],)):
         return None

@@ -212,6 +212,13 @@ def test_what_is_not_known_here_is_refused_by_name(body: str, unknown: str) -> N
         lowered(onnx_text.model(text), "g.onnx")
 
 
+def test_a_weight_in_blocks_is_no_product_and_refused() -> None:
+    text = "<float[2,4] k = {1,2,3,4,5,6,7,8}> { q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z)"
+    text += " v = DequantizeLinear<axis=0, block_size=4>(w, k) y = MatMul(a, v) }"
+    with pytest.raises(EngineError, match="this engine does not know DequantizeLinear in blocks"):
+        lowered(onnx_text.model(graph_of(text)), "g.onnx")
+
+
 QKV = (
     "g (float[2,3,s,8] q, float[2,3,8,t] k, float[2,3,t,8] v, float[2,1,1,t] m, float[1,3,s,t] e)"
     " => (float[2,3,s,8] y) <float two = {2}, float[3,1,1] each = {1,2,3}, float none = {0}, float one = {1}> { "
@@ -285,6 +292,25 @@ def test_attention_is_fused_in_the_forms_that_it_has_and_computes_what_the_graph
     ours = executor.run({name: torch.from_numpy(array) for name, array in feeds.items()})["y"].numpy()
     expected = onnx_text.run(onnx_text.model(QKV + body + " }"), feeds)["y"]
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rounded", "counted"), [("", 0), ("q", 1), ("v", 1), ("qkv", 1)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_said_to_be_on_integers_where_any_operand_is(rounded: str, counted: int, fused: bool) -> None:
+    pairs = "".join(
+        f"c{name} = QuantizeLinear({name}, grid, zero) r{name} = DequantizeLinear(c{name}, grid, zero) "
+        for name in rounded
+    )
+    q, k, v = (f"r{name}" if name in rounded else name for name in "qkv")
+    softmax = "a" if fused else "Mul(two, a)"
+    body = f"a = MatMul({q}, {k}) " + ("" if fused else f"b = {softmax} ")
+    body += f"w = Softmax<axis=-1>({'a' if fused else 'b'}) y = MatMul(w, {v}) }}"
+    model = onnx_text.model(QKV.replace("one = {1}", "one = {1}, float grid = {0.1}, int8 zero = {0}") + pairs + body)
+    infer_ranks(model)
+    parts = {"fused": int(fused), "in parts": int(not fused)}
+    # In parts, the product of the probabilities has its two operands looked at, not those of the scores.
+    seen = counted if fused or "v" in rounded else 0
+    assert lowered(model, "g.onnx").program.attention == parts | {"operands on their INT8 grid": seen}
 
 
 def test_attention_that_multiplies_its_probabilities_by_themselves_is_in_parts() -> None:

@@ -170,6 +170,17 @@ class TestCompanions:
             passport.read_companion(directory, name)
 
 
+def test_an_engine_that_was_built_without_companions_has_none(directory: Path) -> None:
+    passport = replace(load_passport(directory), companions={})
+    for name in ("spec.json", "tokenizer.json"):
+        (directory / name).unlink()
+    passport.require_whole(directory)
+    with pytest.raises(ArtifactError, match=r"has no spec\.json"):
+        covered_spec(directory, passport)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
+        covered_tokenizer(directory, passport)
+
+
 def test_what_is_covered_is_said_in_words() -> None:
     assert replace(PASSPORT, companions={}).covers == "the engine and nothing beside it"
     assert replace(PASSPORT, companions={"spec.json": "0"}).covers == "the engine and spec.json"

@@ -94,6 +94,48 @@ def test_an_interval_that_touches_the_level_decides_nothing(low: float, high: fl
     assert Estimate(1.0, None).half_width is None
 
 
+def cells_of(page: str, *first: str) -> list[str]:
+    """The cells of the first line of the comparison of starts that begins with these."""
+    section = page[page.index("## Starts of training compared") :].split("\n## ")[0]
+    lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines())
+    return next(cells for cells in lines if cells[: len(first)] == [f"`{row}`" for row in first])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "divergence", "words"),
+    [
+        ((0, 20), (0.02, 0.08), ("better", "nearer")),
+        ((20, 0), (0.08, 0.02), ("worse", "farther")),
+        ((3, 3), (0.05, 0.05), ("no difference found", "no difference found")),
+        ((3, 4), (0.02, None), ("no difference found", "–")),
+    ],
+)
+def test_the_page_says_which_start_is_better_and_which_is_nearer(
+    book: Book, wrong: tuple[int, int], divergence: tuple[float, float | None], words: tuple[str, str]
+) -> None:
+    book.write("rte", "dense", 0, LABELS, LABELS)
+    for row, count, kl in zip(("admm-2:4+W4", ROW), wrong, divergence, strict=True):
+        facts = compressed(kl=0.1)
+        if kl is not None:
+            facts = replace(compressed(kl=kl), kl_by_sentence=(kl,) * len(LABELS))
+        book.write("rte", row, 0, LABELS, flipped(LABELS, *range(count)), compressed=facts)
+    cells = cells_of(book.page(), "admm-2:4+W4", ROW)
+    assert (cells[4], cells[6]) == words
+    assert cells[3].startswith(f"{100 * (wrong[1] - wrong[0]) / 40:+.2f} (")
+
+
+@pytest.mark.parametrize(("wrong", "below"), [(20, "yes"), (0, "no"), (1, "undecided")])
+def test_the_page_says_whether_a_row_is_below_the_margin(book: Book, wrong: int, below: str) -> None:
+    book.write("rte", "dense", 0, LABELS, LABELS)
+    for row in ("admm-2:4+W4", ROW):
+        book.write("rte", row, 0, LABELS, flipped(LABELS, *range(wrong)), compressed=compressed(kl=0.1))
+    cells = cells_of(book.page(), ROW)
+    assert cells[1] == "RTE (0)"
+    assert cells[2].startswith(f"{100 - 2.5 * wrong:.2f} (")
+    assert cells[4] == below
+    assert cells[5] == "60.0"  # 24 of 40 texts have the most frequent class
+
+
 class TestPool:
     def compared(self, book: Book, *facts: object) -> Estimate | None:
         book.write("rte", "dense", 0, LABELS, LABELS)

@@ -334,12 +334,14 @@ def _retentions(pool: Pool) -> Iterable[list[str]]:
 def _compared(comparison: Comparison) -> list[str]:
     """A line for a comparison: difference in points, ratio of divergences, and what either decides."""
     difference, ratio = comparison.difference, comparison.ratio
-    bounds = difference.interval or (float("nan"), float("nan"))
+    span = (
+        "" if difference.interval is None else " ({:+.2f} to {:+.2f})".format(*(100 * b for b in difference.interval))
+    )
     cells = [
         f"`{comparison.row}`",
         f"`{comparison.other}`",
         _cells(comparison.cells),
-        f"{100 * difference.value:+.2f} ({100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f})",
+        f"{100 * difference.value:+.2f}{span}",
         {1: "better", -1: "worse", 0: "no difference found"}[difference.side(0.0)],
     ]
     if ratio is None or ratio.interval is None:

@@ -121,7 +121,22 @@ def test_the_page_says_which_start_is_better_and_which_is_nearer(
         book.write("rte", row, 0, LABELS, flipped(LABELS, *range(count)), compressed=facts)
     cells = cells_of(book.page(), "admm-2:4+W4", ROW)
     assert (cells[4], cells[6]) == words
-    assert cells[3].startswith(f"{100 * (wrong[1] - wrong[0]) / 40:+.2f} (")
+    comparison = Pool([book.statistics("rte")]).compare("admm-2:4+W4", ROW)
+    assert comparison is not None
+    assert comparison.difference.interval is not None
+    low, high = comparison.difference.interval
+    assert cells[3] == f"{100 * (wrong[1] - wrong[0]) / 40:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def test_the_page_says_nothing_where_there_is_no_number(book: Book) -> None:
+    """No divergence at all, and a dense model of which a resample finds no right answer."""
+    book.write("rte", "dense", 0, LABELS, flipped(LABELS, *range(39)))
+    for row in ("admm-2:4+W4", ROW):
+        book.write("rte", row, 0, LABELS, LABELS, compressed=compressed(kl=None))
+    page = book.page()
+    assert cells_of(page, "admm-2:4+W4", ROW)[3:] == ["+0.00", "no difference found", "–", "–"]
+    assert cells_of(page, ROW)[2:5] == ["4000.00", "–", "undecided"]
+    assert "nan" not in page.split("## Starts of training compared")[1].split("\n## ")[0]
 
 
 @pytest.mark.parametrize(("wrong", "below"), [(20, "yes"), (0, "no"), (1, "undecided")])

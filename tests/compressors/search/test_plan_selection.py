@@ -16,7 +16,8 @@ import torch
 
 from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
-from compressors.search.plan_selection import Choice, Selector, Trial, _by_score, write_trials
+from compressors.search.knapsack import choose
+from compressors.search.plan_selection import Choice, Selector, Trial, WeightOptions, _by_score, write_trials
 from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -168,8 +169,29 @@ def test_the_front_never_crosses_itself(measured: Callable[..., Selector], tmp_p
     assert front[0.8].joint <= selection.finalists[0].joint, "a plan serves every lower compression, too"
 
 
+@pytest.mark.parametrize("placement", ["inputs", "attention"])
+def test_int8_attention_leaves_queries_keys_and_values_no_float(model: Probed, placement: str) -> None:
+    settings = SearchSettings(compression=0.6, placement=placement, candidate_specs=("dense", "W8"))
+    options = WeightOptions(model.source.family, model.source.config, settings)
+    without = {
+        model.source.family.role(name)
+        for name, (dense, _) in zip(options.names, options.options, strict=True)
+        if dense is None
+    }
+    assert without == ({"query", "key", "value"} if placement == "attention" else set())
+
+
+def test_weights_are_made_by_the_solver_and_those_of_the_paper_by_magnitude(model: Probed) -> None:
+    spec = WeightSpec.parse("2:4")
+    for method, by_magnitude in (("nxm", False), ("paper", True)):
+        selector = model.selector(compression=0.4, candidate_specs=("2:4",), method=method, **SIZES)
+        name = selector.names[0]
+        nearest = project_nm(model.probe.model.get_parameter(name).detach(), spec.pattern)  # type: ignore[arg-type]
+        assert torch.equal(selector.one_shot(name, spec)[0] != 0, nearest != 0) is by_magnitude
+
+
 def test_both_sensitivities_weigh_the_same_and_each_end_of_the_mixes_follows_one(
-    measured: Callable[..., Selector],
+    measured: Callable[..., Selector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     selector = measured(candidate_specs=("2:4+W4", "W8", "dense"), compression=0.8)
     dense = selector.candidate_specs.index(WeightSpec.parse("dense"))
@@ -183,10 +205,16 @@ def test_both_sensitivities_weigh_the_same_and_each_end_of_the_mixes_follows_one
     def total(choice: Choice, kind: str) -> float:
         return float(sum(selector.losses[kind][i][o] for i, o in enumerate(choice)))
 
-    for kind, origin in (("kl", "free, 0.0 fisher"), ("fisher", "free, 1.0 fisher")):
-        choice = found.get(origin)  # left out where another mix had found it before
-        least = min(total(other, kind) for other in found.values())
-        assert choice is None or total(choice, kind) == pytest.approx(least)
+    for kind in ("kl", "fisher"):
+        best = choose(selector.losses[kind].tolist(), selector.costs, selector.budget)
+        assert min(total(other, kind) for other in found.values()) == pytest.approx(total(tuple(best), kind))
+    asked: dict[int, list[float]] = {}  # mixes, by the number of groups
+    with monkeypatch.context() as patch:
+        patch.setattr(selector, "_solve", lambda mix, groups, _: asked.setdefault(len(groups), []).append(mix))
+        selector.candidates(selector.budget)
+    assert sorted(asked) == [2, 6, 12]  # tied by layer, tied by role, free
+    for mixes in asked.values():
+        assert (mixes[0], mixes[-1], sorted(mixes)) == (0.0, 1.0, mixes)
     choice = found["free, 0.0 fisher"]
     mean = (total(choice, "kl") + total(choice, "fisher")) / 2
     assert selector.trial("", choice).predicted == pytest.approx(mean)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +129,16 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
         bits = [[int(weight * bits) + 12288 for bits in (2.75, 4, 5, 8, 16)] for weight in weights]
         choose(losses, bits, sum(weights) * 4)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_printed_behind_the_solver_goes_where_it_went_before(capfd: pytest.CaptureFixture[str]) -> None:
+    choose([[0.0, 1.0]], [[1, 1]], 1)
+    left_open = len(list(Path("/proc/self/fd").iterdir()))
+    choose([[0.0, 1.0]], [[1, 1]], 1)
+    os.write(1, b"the result")
+    os.write(2, b"a note")
+    assert capfd.readouterr() == ("the result", "a note")
+    assert len(list(Path("/proc/self/fd").iterdir())) == left_open
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])

@@ -258,6 +258,7 @@ def test_a_run_ranks_by_what_was_measured_and_keeps_each_plan_once(
     assert set(selection.seconds) == {"statistics", "table", "knapsack", "joint check"}
     for stage in ("joint check", "swaps"):
         counted = [(done, total) for name, done, total in told if name == stage]
+        assert counted
         assert counted == [(number + 1, len(counted)) for number in range(len(counted))]
     write_trials(tmp_path / "trials.csv", selection.trials)
     with (tmp_path / "trials.csv").open(encoding="utf-8", newline="") as stream:

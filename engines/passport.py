@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
 _LARGEST = 2**20  # rows or tokens of a compiled shape
+_LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
 _FLAGS = (("always_sparse", True, "--always-sparse"), ("fuse", False, "--no-fuse"))  # options that are flags
 PASSPORT_FILE = "passport.json"
 
@@ -429,10 +430,19 @@ def load_passport(directory: str | Path) -> EnginePassport:
         )
     except EngineError as error:
         raise ArtifactError(f"{file}: {error}; build the engine again") from error
-    if not passport.engine or passport.engine != Path(passport.engine).name:
-        raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
+    if not _is_file_name(passport.engine):
+        raise ArtifactError(
+            f"{file}: names an engine outside its directory, or by what is no file's name ({passport.engine!r:.80}); "
+            "do not use it"
+        )
     _require_options(passport, file)
     return passport
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether `name` can be that of a file in a directory: asking for any other raises, or asks for something else."""
+    plain = name not in ("", "..") and name == Path(name).name
+    return plain and "\0" not in name and len(name.encode("utf-8")) <= _LONGEST_NAME
 
 
 @dataclass(frozen=True)

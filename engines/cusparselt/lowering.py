@@ -161,25 +161,37 @@ class _Lowering:
 
     def _step(self, node: ir.Node) -> Step:
         """Any other node, as it is."""
-        if node.domain not in ("", "ai.onnx") or _graphs_of(node):
-            raise self._refusal([f"{node.domain or node.op_type}::{node.op_type}"])
+        if node.domain not in ("", "ai.onnx"):
+            raise self._refusal([f"{node.domain}::{node.op_type}"])
+        if node.op_type == "Constant":
+            return self._constant_step(node)
         attributes: dict[str, Attribute] = {}
         inputs = [str(value.name) if value is not None else "" for value in node.inputs]
         for name, attribute in node.attributes.items():
             value = attribute.value
             if name == "block_size" and value:
                 raise self._refusal([f"{node.op_type} in blocks"])
-            if name == "value" and node.op_type in ("ConstantOfShape", "Constant"):
+            if name == "value" and node.op_type == "ConstantOfShape":
                 inputs.append(self._add(f"{node.outputs[0].name}.value", value.numpy()))
             elif isinstance(value, (int, float, str)):
                 attributes[name] = value
             elif isinstance(value, (tuple, list)):
-                attributes[name] = tuple(int(entry) for entry in value)
-        if node.op_type == "Constant":
-            return Step("Identity", tuple(inputs), (str(node.outputs[0].name),), {})
+                if not all(isinstance(entry, int) for entry in value):
+                    raise self._refusal([f"{node.op_type} with {name}"])
+                attributes[name] = tuple(value)
         if node.op_type == "QuantizeLinear" and (len(inputs) < 3 or not inputs[2]):
             inputs = [*inputs[:2], self._zero(attributes.pop("output_dtype", 0))]
         return Step(node.op_type, tuple(inputs), tuple(str(value.name) for value in node.outputs), attributes)
+
+    def _constant_step(self, node: ir.Node) -> Step:
+        """A constant that is a node, in whichever form it is written."""
+        import onnx_ir as ir
+
+        tensor = ir.convenience.get_const_tensor(node.outputs[0])
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
+            raise self._refusal([f"Constant with {', '.join(node.attributes)}"])
+        output = str(node.outputs[0].name)
+        return Step("Identity", (self._add(f"{output}.value", tensor.numpy()),), (output,), {})
 
     def _zero(self, dtype: Attribute) -> str:
         """The name of a zero point 0 of ONNX's element type, UINT8 where it says none."""
@@ -220,13 +232,6 @@ class _Lowering:
             f"{self._source}: this engine does not know {', '.join(operators)}; export it with `nxm export "
             "--target trt --lowering matmul`, or build it with another backend"
         )
-
-
-def _graphs_of(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that a node holds: those of If and Loop."""
-    import onnx_ir as ir
-
-    return [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,7 @@ def _linear_step(node: ir.Node, add: ir.Node) -> Step:
 def _leads_to_scores(value: ir.Value | None) -> bool:
     """Whether a value is made of a product of two activations by scaling and adding alone."""
     node = None if value is None else value.producer()
-    if node is None or value is None or len(value.consumers()) != 1:
+    if node is None or value is None or len(value.uses()) != 1:
         return False
     if node.op_type in ("Mul", "Div", "Add"):
         return any(_leads_to_scores(read) for read in node.inputs[: 2 if node.op_type == "Add" else 1])
@@ -322,7 +327,7 @@ def _weight(node: ir.Node) -> _Weight | None:
     transposed = node.op_type == "Gemm" and _whole(node, "transB", 0)
     channels = 0 if transposed else 1
     scale, axis = _numbers(dequantize.inputs[1]), _whole(dequantize, "axis", 1) % 2
-    if scale is None or _whole(dequantize, "block_size", 0):
+    if scale is None:
         return None
     if scale.size != 1 and (axis != channels or scale.shape != (codes.shape[channels],)):
         return None
@@ -364,14 +369,12 @@ def _bias_behind(node: ir.Node, features: int) -> tuple[ir.Node, np.ndarray | No
 
 
 def _added(add: ir.Node, product: ir.Node) -> ir.Value | None:
-    """What an Add adds to a product; None where that is the product once more."""
-    return next((value for value in add.inputs if value is not product.outputs[0]), None)
+    """What an Add that reads a product once adds to it."""
+    return next(value for value in add.inputs if value is not product.outputs[0])
 
 
 def _plain(node: ir.Node, features: int) -> bool:
     """Whether a product is one without factors, with a bias for each channel where a Gemm has one."""
-    if node.op_type == "MatMul":
-        return True
     bias = _numbers(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(features)
     factors = [node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes]
     return (
@@ -475,12 +478,13 @@ def _dequantized(value: ir.Value | None) -> ir.Node | None:
 
 
 def _only(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node of type `op` that made `value`, where nothing else reads it."""
-    alone = value is not None and len(value.consumers()) == 1 and not value.is_graph_output()
+    """The node of type `op` that made `value`, where that is read once."""
+    alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
     return _producer(value, op) if alone else None
 
 
 def _reader(value: ir.Value, op: str) -> ir.Node | None:
-    """The one node that reads `value`, where it is of type `op`."""
-    users = value.consumers()
-    return users[0] if len(users) == 1 and users[0].op_type == op and not value.is_graph_output() else None
+    """The one node that reads `value`, once, where it is of type `op`."""
+    uses = list(value.uses())
+    alone = len(uses) == 1 and uses[0].node.op_type == op and not value.is_graph_output()
+    return uses[0].node if alone else None

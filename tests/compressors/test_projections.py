@@ -147,3 +147,37 @@ def test_importance_weighs_the_choice_and_changes_no_kept_weight() -> None:
     assert ((joint != 0) <= nonzero_mask).all()
     best = (w * nonzero_mask - project_grid(w * nonzero_mask, 4)).square().sum()
     assert (w * nonzero_mask - joint).square().sum() <= 1.02 * best  # fewer scales are tried
+
+
+def test_a_spec_without_a_pattern_is_rounded_to_its_grid_alone() -> None:
+    w = randn(4, 32)
+    rounded = PROJECTIONS["joint"](w, WeightSpec(None, 3, 8))
+    for row, original in zip(rounded, w, strict=True):
+        assert len(row.abs().unique()) <= 4  # codes from -3 to 3
+        assert (row - original).abs().max() <= original.abs().max() / 3
+    nearest = (w - project_grid(w, 3)).square().sum()
+    assert nearest <= (w - rounded).square().sum() <= 1.02 * nearest  # fewer scales are tried
+    assert torch.equal(PROJECTIONS["mask"](w, WeightSpec(None, 3, 8)), w)
+    assert torch.equal(PROJECTIONS["joint"](w, WeightSpec(None)), w)
+
+
+@pytest.mark.parametrize("qmax", [1, 7, 127])
+def test_every_refinement_lowers_the_error_or_changes_nothing(qmax: int) -> None:
+    w = torch.cat([randn(24, 40, seed=1), randn(24, 40, seed=2) ** 3])
+    errors = [
+        (w - round_to_grid(w, mse_scale(w, qmax, points=3, refinements=count), qmax)).square().sum(dim=1)
+        for count in (0, 1, 2, 10)
+    ]
+    for worse, better in itertools.pairwise(errors):
+        assert (better <= worse).all()
+        assert (better < worse).any(), "it goes on while a channel gains"
+
+
+def test_a_scale_is_that_of_the_grid_that_a_channel_lies_on() -> None:
+    """Of codes times a step, with the largest code in use or not: the step is found again, whatever its size."""
+    codes = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.0, 0.0, 7.0, -7.0], [7.0, 7.0, 7.0, 7.0]])
+    steps = torch.tensor([[0.01], [1.0], [300.0]])
+    torch.testing.assert_close(mse_scale(codes * steps, 7), steps)
+    torch.testing.assert_close(project_grid(codes * steps, 4), codes * steps)
+    one = torch.tensor([[5.0, -5.0, 0.0, 5.0]])  # a single magnitude is met exactly
+    torch.testing.assert_close(project_grid(one, 2), one)

@@ -297,13 +297,13 @@ def _grid(statistics: TaskStatistics, store: TaskStore) -> GridTable | None:
 
 
 def _together(glue: Sequence[TaskStatistics]) -> Cells:
-    """The rows that at least two tasks have: of one task alone its own table says all."""
+    """The rows that at least two tasks have, beside a dense one: of one task alone its own table says all."""
     cells = []
     for row in sorted({row for statistics in glue for row in statistics.rows if row != "dense"}, key=position):
-        having = [statistics for statistics in glue if row in statistics.rows]
+        having = [statistics for statistics in glue if statistics.retention(row) is not None]
         result = overall(having, row)
         if len(having) > 1 and result is not None:
-            named = [f"{statistics.task.title} ({len(statistics.seeds(row))})" for statistics in having]
+            named = [f"{task.task.title} ({len(task.common_seeds(row))})" for task in having]
             cells.append([f"`{row}`", ", ".join(named), _retention(result[0]), f"{100 * result[1]:.2f}"])
     return cells
 
@@ -338,12 +338,14 @@ def _retentions(pool: Pool) -> Iterable[list[str]]:
 def _compared(comparison: Comparison) -> list[str]:
     """A line for a comparison: difference in points, ratio of divergences, and what either decides."""
     difference, ratio = comparison.difference, comparison.ratio
-    bounds = difference.interval or (float("nan"), float("nan"))
+    span = (
+        "" if difference.interval is None else " ({:+.2f} to {:+.2f})".format(*(100 * b for b in difference.interval))
+    )
     cells = [
         f"`{comparison.row}`",
         f"`{comparison.other}`",
         _cells(comparison.cells),
-        f"{100 * difference.value:+.2f} ({100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f})",
+        f"{100 * difference.value:+.2f}{span}",
         {1: "better", -1: "worse", 0: "no difference found"}[difference.side(0.0)],
     ]
     if ratio is None or ratio.interval is None:

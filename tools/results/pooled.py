@@ -27,7 +27,8 @@ MARGIN = 0.995  # of the dense model's accuracy
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; None where a record keeps no divergence by sentence."""
+    """A number with its 95 % interval; None where a record keeps no divergence by sentence, and where a resample has no
+    such number: it leaves the dense model nothing right, or the other row no divergence."""
 
     value: float
     interval: Interval | None
@@ -83,7 +84,7 @@ class Pool:
         if not cells or not all(self._accuracy("dense", cell) > 0 for cell in cells):
             return None
         drawn = self._drawn(cells, lambda cell, counts: self._resampled_retention(row, cell, counts))
-        return Estimate(_pooled(cells, lambda cell: self._retention(row, cell)), percentiles(drawn))
+        return Estimate(_pooled(cells, lambda cell: self._retention(row, cell)), _interval(drawn))
 
     def one_answer(self, cells: Sequence[Cell]) -> float:
         """Pooled retention of what gives every text the most frequent class of dev: what needs no model at all."""
@@ -108,7 +109,7 @@ class Pool:
             ),
         )
         ratio = self._ratio(row, other, cells)
-        return Comparison(row, other, cells, retention, Estimate(value, percentiles(drawn)), ratio)
+        return Comparison(row, other, cells, retention, Estimate(value, _interval(drawn)), ratio)
 
     def _ratio(self, row: str, other: str, cells: Sequence[Cell]) -> Estimate | None:
         """Pooled divergence of a row over that of another."""
@@ -116,8 +117,10 @@ class Pool:
         if means[0] is None or not means[1]:
             return None
         ours, theirs = (self._resampled_kl(name, cells) for name in (row, other))
-        interval = None if ours is None or theirs is None else percentiles(ours / theirs)
-        return Estimate(means[0] / means[1], interval)
+        if ours is None or theirs is None:
+            return Estimate(means[0] / means[1], None)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Estimate(means[0] / means[1], _interval(ours / theirs))
 
     def _resampled_kl(self, row: str, cells: Sequence[Cell]) -> Values | None:
         """Pooled divergence of a row in every resample; None where a record keeps none by sentence."""
@@ -157,8 +160,9 @@ class Pool:
         return self._accuracy(row, cell) / self._accuracy("dense", cell)
 
     def _resampled_retention(self, row: str, cell: Cell, counts: Values) -> Values:
+        """NaN where nothing is right that the dense model said."""
         dense = counts @ self._right("dense", cell)
-        return np.asarray(counts @ self._right(row, cell) / np.maximum(dense, 1.0))
+        return np.asarray(counts @ self._right(row, cell) / np.where(dense > 0, dense, np.nan))
 
     def _pooled_kl(self, row: str, cells: Sequence[Cell]) -> float | None:
         """None where a record has no divergence."""
@@ -169,6 +173,11 @@ class Pool:
                 return None
             known[cell] = facts.kl_to_dense
         return _pooled(cells, known.__getitem__)
+
+
+def _interval(drawn: Values) -> Interval | None:
+    """None where a resample has no number."""
+    return percentiles(drawn) if np.isfinite(drawn).all() else None
 
 
 def _pooled(cells: Sequence[Cell], of: Callable[[Cell], float]) -> float:

@@ -61,6 +61,10 @@ class TaskStatistics:
         """Seeds of a row, ascending."""
         return sorted(seed for name, seed in self.records if name == row)
 
+    def common_seeds(self, row: str, reference: str = "dense") -> list[int]:
+        """Seeds that both rows have, ascending: those that a comparison of them counts."""
+        return [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+
     def of(self, row: str) -> list[Record]:
         """Records of a row, by seed; none for a row that was not measured."""
         return [self.records[row, seed].record for seed in self.seeds(row)]
@@ -87,7 +91,7 @@ class TaskStatistics:
 
     def difference(self, row: str, reference: str) -> Difference | None:
         """Paired difference to another row; None without a common seed."""
-        common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+        common = self.common_seeds(row, reference)
         if not common or row == reference:
             return None
         value = np.mean([self.score(row, seed) - self.score(reference, seed) for seed in common])
@@ -96,7 +100,7 @@ class TaskStatistics:
 
     def retention(self, row: str, reference: str = "dense") -> Retention | None:
         """Ratio of mean scores to the dense row; None without a common seed, or where that row scores 0 or less."""
-        common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+        common = self.common_seeds(row, reference)
         if not common:
             return None
         ours = [self.score(row, seed) for seed in common]
@@ -106,7 +110,7 @@ class TaskStatistics:
 
     def agreement(self, row: str, reference: str = "dense") -> float | None:
         """Share of dev sentences that both rows put in the same class, over the seeds that both have."""
-        common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+        common = self.common_seeds(row, reference)
         pairs = [(_classes(self.records[row, seed])[0], _classes(self.records[reference, seed])[0]) for seed in common]
         return float(np.mean([(ours == theirs).mean() for ours, theirs in pairs])) if pairs else None
 
@@ -127,12 +131,12 @@ class TaskStatistics:
 
 def overall(tasks: Sequence[TaskStatistics], row: str) -> tuple[Retention, float] | None:
     """Over the tasks that have the row: ratio of mean scores with its interval, and mean of the tasks' ratios."""
-    chosen = [task for task in tasks if row in task.rows and task.retention(row) is not None]
+    chosen = [task for task in tasks if task.retention(row) is not None]
     if not chosen:
         return None
     pairs = []
     for task in chosen:
-        common = [seed for seed in task.seeds(row) if ("dense", seed) in task.records]
+        common = task.common_seeds(row)
         means = [float(np.mean([task.score(name, seed) for seed in common])) for name in (row, "dense")]
         pairs.append((means, task.resampled(row, common), task.resampled("dense", common)))
     # Tasks are independent, but their resamples come from one generator: each is put in an order of its own.

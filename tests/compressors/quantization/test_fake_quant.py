@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressors.models import load_model, resolve
-from compressors.projections import nm_mask
+from compressors.projections import mse_scale, nm_mask
 from compressors.quantization.autograd import fake_quantize
 from compressors.quantization.fake_quant import (
     ActivationQuantizer,
@@ -214,6 +214,106 @@ def test_sr_ste_follows_the_weight_and_its_gradient_is_the_definition() -> None:
     layer.freeze_mask()
     layer(x).sum().backward()
     require_invariants(layer)
+
+
+def test_a_layer_begins_with_the_scales_of_its_weight_and_fixing_its_mask_fits_them_anew() -> None:
+    layer = quantized_layer()
+    assert layer.quantize_weight
+    assert not quantized_layer(WeightSpec(NMPattern(2, 4))).quantize_weight
+    torch.testing.assert_close(layer.weight_scale, mse_scale(layer.weight.detach(), 7))
+    with torch.no_grad():
+        layer.weight.mul_(3.0)
+    layer.quantize_weight = False
+    layer.freeze_mask()
+    assert layer.quantize_weight
+    assert layer.mask is not None
+    assert torch.equal(layer.mask, nm_mask(layer.weight.detach().abs(), NMPattern(2, 4)))
+    torch.testing.assert_close(layer.weight_scale, mse_scale(layer.weight.detach(), 7))
+    other = quantized_layer()
+    other.freeze_mask(-other.weight.detach().abs())
+    assert other.mask is not None
+    assert not (other.mask & layer.mask).any(), "by the scores that are given"
+    dense = quantized_layer(WeightSpec(None, 4, 8))
+    dense.freeze_mask()
+    assert dense.mask is None
+
+
+def test_a_layer_goes_on_from_what_a_solver_gives() -> None:
+    layer = quantized_layer()
+    layer.freeze_mask()
+    layer(randn(2, 16))  # the mask is kept in float
+    before, mask = layer.weight_scale, nm_mask(randn(12, 16, seed=3), NMPattern(2, 4))
+    weight, scale = randn(12, 16, seed=4) * mask, torch.rand(12, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    layer.quantize_weight = False
+    layer.start_from(weight, mask, None)
+    assert not layer.quantize_weight
+    assert torch.equal(layer.weight_scale, before)
+    layer.start_from(weight, mask, scale)
+    assert layer.quantize_weight
+    torch.testing.assert_close(layer.weight_scale, scale)
+    expected = torch.round(weight / scale).clamp(-7, 7) * scale
+    torch.testing.assert_close(layer.baked()[0], expected)
+    layer.input_quantizer = None
+    torch.testing.assert_close(layer(torch.eye(16)) - layer.bias, weight.T)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_fixed_mask_holds_for_weights_that_move_and_for_other_types(bits: int | None) -> None:
+    """In float, what momentum does to a masked weight changes nothing. Moved to another type, it masks in that type."""
+    layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8 if bits else None))
+    layer.sr_ste_decay = 0.5
+    layer.freeze_mask()
+    assert layer.mask is not None
+    x = randn(5, 16)
+    before = layer(x).detach()
+    with torch.no_grad():
+        layer.weight[~layer.mask] = 0.0 if bits else 5.0
+    torch.testing.assert_close(layer(x), before)
+    layer(x).square().sum().backward()
+    assert layer.weight.grad is not None
+    assert (layer.weight.grad[~layer.mask] == 0).all(), "the decay of SR-STE ends where the mask is fixed"
+    double = layer.double()
+    assert double(x.double()).dtype == (torch.float32 if bits else torch.float64)
+    torch.testing.assert_close(double(x.double()).float(), before)
+
+
+def test_another_tensor_is_never_given_the_codes_of_the_one_before() -> None:
+    quantizer = ActivationQuantizer()
+    quantizer.set_scale(0.5)
+    quantizer.readers = 3
+    for value in (1.0, 2.0, 2.0, 3.0, 3.0, 3.0):
+        codes, scale = quantizer.codes(torch.full((2, 2), value))
+        assert (codes * scale == value).all()
+
+
+def test_the_gradient_of_a_shared_step_is_damped_for_the_batch_of_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, gradients = randn(6, 8), []
+    for processes in (1, 4):
+        monkeypatch.setattr("compressors.quantization.fake_quant.world_size", lambda count=processes: count)
+        quantizer = ActivationQuantizer()
+        quantizer.set_scale(0.02)
+        quantizer(x).square().sum().backward()
+        assert quantizer.log_scale.grad is not None
+        gradients.append(float(quantizer.log_scale.grad))
+    assert gradients[1] == pytest.approx(gradients[0] / 2)  # 1 / sqrt(4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_evening_out_changes_nothing_but_what_is_rounded(bits: int | None) -> None:
+    layer = quantized_layer(WeightSpec(None, bits, 8) if bits else WeightSpec(NMPattern(2, 4)))
+    layer.quantize_weight, layer.input_quantizer = False, None
+    x, factors = randn(5, 16), torch.rand(16, generator=torch.Generator().manual_seed(2)) + 0.5
+    before, weight = layer(x).detach(), layer.weight.detach().clone()
+    seen: list[Tensor] = []
+    layer.even_out(factors)
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    torch.testing.assert_close(layer(x), before)
+    torch.testing.assert_close(seen[0], x / factors)
+    torch.testing.assert_close(layer.weight.detach(), weight * factors)
+    if bits:
+        torch.testing.assert_close(layer.weight_scale, mse_scale(weight * factors, 7))
 
 
 def test_a_revived_weight_is_noticed() -> None:

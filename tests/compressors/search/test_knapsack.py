@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +129,47 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
         bits = [[int(weight * bits) + 12288 for bits in (2.75, 4, 5, 8, 16)] for weight in weights]
         choose(losses, bits, sum(weights) * 4)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_printed_behind_the_solver_goes_where_it_went_before(capfd: pytest.CaptureFixture[str]) -> None:
+    choose([[0.0, 1.0]], [[1, 1]], 1)
+    left_open = len(list(Path("/proc/self/fd").iterdir()))
+    choose([[0.0, 1.0]], [[1, 1]], 1)
+    os.write(1, b"the result")
+    os.write(2, b"a note")
+    assert capfd.readouterr() == ("the result", "a note")
+    assert len(list(Path("/proc/self/fd").iterdir())) == left_open
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("over", [1e-12, 1e-9, 1e-7])
+def test_a_choice_that_only_the_solvers_tolerance_lets_pass_is_none(unit: float, over: float) -> None:
+    """Two of three options are over the limit together, by less than the solver sees; whatever milliseconds are in."""
+    milliseconds = [[unit * (1 + over), unit, unit / 2]] * 2
+    losses, bits = [[0.0, 1.0, 9.0], [0.0, 2.0, 9.0]], [[1, 1, 1]] * 2
+    assert choose(losses, bits, 2, Latency(milliseconds, 2 * unit)) == [1, 1]
+    assert choose(losses, bits, 2, Latency(milliseconds, unit * (2 + 3 * over))) == [0, 0]
+    with pytest.raises(PlanError, match=r"fits the budget of 2 and the limit of \S+ ms together"):
+        choose(losses, bits, 2, Latency(milliseconds, unit * (1 - over)))
+
+
+def test_a_limit_of_nothing_takes_what_costs_nothing() -> None:
+    assert choose([[0.0, 1.0]] * 2, [[1, 1]] * 2, 2, Latency([[0.5, 0.0], [0.0, 0.5]], 0.0)) == [1, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("base", [0.0, 1e6])
+def test_only_differences_of_losses_decide_however_large_or_small_all_of_them_are(scale: float, base: float) -> None:
+    """An option of the last item loses a million times as much as the differences between the others."""
+    losses = [[scale * (base + loss) for loss in item] for item in ([0.25, 0.0], [0.5, 0.0], [0.0, 1e6])]
+    bits = [[1, 2], [1, 2], [1, 1]]
+    assert choose(losses, bits, 4, None) == [0, 1, 0]
+    assert choose(losses, bits, 5, None) == [1, 1, 0]
+    assert choose(losses, bits, 3, None) == [0, 0, 0]
+
+
+def test_options_that_are_alike_and_items_with_one_option_are_chosen_from() -> None:
+    assert choose([[0.0]], [[3]], 3) == [0]
+    assert choose([[5.0, 5.0]] * 3, [[2, 3]] * 3, 6) == [0, 0, 0]
+    with pytest.raises(PlanError, match=r"no choice of options fits the budget of 9$"):
+        choose([[0.0, 1.0], [math.inf, math.inf]], [[1, 1], [1, 1]], 9)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import torch
 
 from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
-from compressors.search.plan_selection import Choice, Selector, Trial, _by_score
+from compressors.search.knapsack import choose
+from compressors.search.plan_selection import Choice, Selector, Trial, WeightOptions, _by_score, write_trials
 from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -163,6 +167,108 @@ def test_the_front_never_crosses_itself(measured: Callable[..., Selector], tmp_p
     for compression, trial in front.items():
         assert trial.plan.compression("hw") >= compression
     assert front[0.8].joint <= selection.finalists[0].joint, "a plan serves every lower compression, too"
+
+
+@pytest.mark.parametrize("placement", ["inputs", "attention"])
+def test_int8_attention_leaves_queries_keys_and_values_no_float(model: Probed, placement: str) -> None:
+    settings = SearchSettings(compression=0.6, placement=placement, candidate_specs=("dense", "W8"))
+    options = WeightOptions(model.source.family, model.source.config, settings)
+    without = {
+        model.source.family.role(name)
+        for name, (dense, _) in zip(options.names, options.options, strict=True)
+        if dense is None
+    }
+    assert without == ({"query", "key", "value"} if placement == "attention" else set())
+
+
+def test_weights_are_made_by_the_solver_and_those_of_the_paper_by_magnitude(model: Probed) -> None:
+    spec = WeightSpec.parse("2:4")
+    for method, by_magnitude in (("nxm", False), ("paper", True)):
+        selector = model.selector(compression=0.4, candidate_specs=("2:4",), method=method, **SIZES)
+        name = selector.names[0]
+        nearest = project_nm(model.probe.model.get_parameter(name).detach(), spec.pattern)  # type: ignore[arg-type]
+        assert torch.equal(selector.one_shot(name, spec)[0] != 0, nearest != 0) is by_magnitude
+
+
+def test_both_sensitivities_weigh_the_same_and_each_end_of_the_mixes_follows_one(
+    measured: Callable[..., Selector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector = measured(candidate_specs=("2:4+W4", "W8", "dense"), compression=0.8)
+    dense = selector.candidate_specs.index(WeightSpec.parse("dense"))
+    possible = np.array([[spec is not None for spec in options] for options in selector.options])
+    for losses in selector.losses.values():
+        assert (losses[:, dense] == 0.0).all()
+        compressed = np.delete(losses, dense, axis=1)[np.delete(possible, dense, axis=1)]
+        assert compressed.mean() == pytest.approx(1.0)
+    found = selector.candidates(selector.budget)
+
+    def total(choice: Choice, kind: str) -> float:
+        return float(sum(selector.losses[kind][i][o] for i, o in enumerate(choice)))
+
+    for kind in ("kl", "fisher"):
+        best = choose(selector.losses[kind].tolist(), selector.costs, selector.budget)
+        assert min(total(other, kind) for other in found.values()) == pytest.approx(total(tuple(best), kind))
+    asked: dict[int, list[float]] = {}  # mixes, by the number of groups
+    with monkeypatch.context() as patch:
+        patch.setattr(selector, "_solve", lambda mix, groups, _: asked.setdefault(len(groups), []).append(mix))
+        selector.candidates(selector.budget)
+    assert sorted(asked) == [2, 6, 12]  # tied by layer, tied by role, free
+    for mixes in asked.values():
+        assert (mixes[0], mixes[-1], sorted(mixes)) == (0.0, 1.0, mixes)
+    choice = found["free, 0.0 fisher"]
+    mean = (total(choice, "kl") + total(choice, "fisher")) / 2
+    assert selector.trial("", choice).predicted == pytest.approx(mean)
+
+
+def test_a_choice_fits_a_budget_and_a_latency_that_it_fills(measured: Callable[..., Selector]) -> None:
+    table = latency_table(measured())
+    free = measured(latencies=table, latency_ms=1e9)
+    choice = free.candidates(free.budget)["free, 0.0 fisher"]
+    bits = free.plan_of(choice).stored_bits("hw")
+    assert [free.fits(choice, budget) for budget in (bits - 1, bits, bits + 1)] == [False, True, True]
+    milliseconds = free.trial("", choice).milliseconds
+    assert milliseconds is not None
+    for limit, fits in ((milliseconds, True), (milliseconds * (1 - 1e-12), False)):
+        limited = measured(latencies=table, latency_ms=limit)
+        assert limited.fits(choice, bits) is fits
+
+
+def test_a_run_ranks_by_what_was_measured_and_keeps_each_plan_once(
+    measured: Callable[..., Selector], tmp_path: Path
+) -> None:
+    selector = measured(compression=0.84, finalists=3, swaps=6)
+    told: list[tuple[str, int, int]] = []
+    selector.progress = lambda stage, done, total: told.append((stage, done, total))
+    selection = selector.run(tmp_path)
+    joints = [trial.joint for trial in selection.trials]
+    assert joints == sorted(joints)
+    assert selection.evaluated == len(selection.trials)
+    assert selection.front == []
+    plans = [trial.plan for trial in selection.finalists]
+    assert len(plans) == 3
+    distinct = [
+        trial for at, trial in enumerate(selection.trials) if trial.plan not in [t.plan for t in selection.trials[:at]]
+    ]
+    assert selection.finalists == distinct[:3]
+    groups = selector.ties()
+    assert set(selection.tied) == {"by role", "by layer"}
+    for tie, trial in selection.tied.items():
+        same = [t for t in selection.trials if all(len({t.choice[i] for i in group}) == 1 for group in groups[tie])]
+        assert trial == same[0]
+    assert set(selection.seconds) == {"statistics", "table", "knapsack", "joint check"}
+    for stage in ("joint check", "swaps"):
+        counted = [(done, total) for name, done, total in told if name == stage]
+        assert counted
+        assert counted == [(number + 1, len(counted)) for number in range(len(counted))]
+    write_trials(tmp_path / "trials.csv", selection.trials)
+    with (tmp_path / "trials.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["joint"]) for row in rows] == pytest.approx(joints)
+    assert "milliseconds" not in rows[0]
+    assert [json.loads(row["options"]) for row in rows] == [trial.plan.pattern_counts for trial in selection.trials]
+    timed = replace(selection.trials[0], milliseconds=1.25)
+    write_trials(tmp_path / "timed.csv", [timed])
+    assert "milliseconds" in (tmp_path / "timed.csv").read_text().splitlines()[0].split(",")
 
 
 def latency_table(selector: Selector) -> dict[str, dict[str, float]]:

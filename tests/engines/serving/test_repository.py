@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from engines.passport import load_passport
-from engines.serving.repository import Change, EngineSource, Repository
+from engines.serving.repository import Change, EngineSource, Repository, require_distinct_names
 from engines.serving.settings import ModelOptions
-from nxm_export.errors import ArtifactError, ParityError, RequestRefused
+from nxm_export.errors import ArtifactError, ParityError, RequestRefused, ServeError
 from nxm_export.storage.json_files import as_objects, entry_at
 from nxm_export.storage.unreadable import is_without_room
 from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, metric
@@ -59,7 +59,7 @@ def test_nothing_is_found_before_everything_is_loaded(copy: Path) -> None:
         repository.find("m", None)
     assert (refused.value.status, refused.value.reason) == (503, "loading")
     assert not repository.ready
-    assert [entry["state"] for entry in repository.index()] == ["LOADING"]
+    assert repository.index() == [{"name": "m", "version": "1", "state": "LOADING", "reason": ""}]
     repository.stop_opening()
     repository.open()
     assert not repository.opened
@@ -202,6 +202,137 @@ def test_a_report_of_an_engine_that_was_refused_is_not_held_against_the_one_that
         repository.begin_reload(KEY)()
     assert repository.current(KEY).withdrawn is None
     assert repository.ready
+
+
+def test_the_engine_that_serves_built_again_and_not_yet_compared_stays_as_it_is(
+    repository: Repository, copy: Path
+) -> None:
+    """Its report is still to come, and speaks of it then."""
+    replace(load_passport(copy), created="2030-01-01T00:00:00Z").save(copy)
+    (copy / "parity.json").unlink()
+    judge, model = repository.judging(KEY), repository.current(KEY)
+    assert judge() is None
+    model.withdrawn = "its parity failed"
+    assert judge() == "its parity failed"
+    exact_engine.write_parity(copy, passed=True)
+    assert judge() is None
+
+
+def test_a_directory_that_cannot_be_read_is_no_objection(repository: Repository, copy: Path) -> None:
+    model = repository.current(KEY)
+    for file in ("passport.json", "parity.json"):
+        text = (copy / file).read_text()
+        (copy / file).write_text("{")
+        model.withdrawn = None
+        judge = repository.judging(KEY)
+        assert (judge() is None) == (file == "passport.json"), "a report that is none is no proof"
+        model.withdrawn = "its parity failed"
+        assert judge() is not None
+        (copy / file).write_text(text)
+
+
+def test_the_one_that_takes_a_place_is_found_there_and_the_one_before_is_closed_later(
+    repository: Repository, copy: Path, tmp_path: Path
+) -> None:
+    before = repository.current(KEY)
+    newer = exact_engine.build(tmp_path / "newer", seed=1, parity=True)
+    copy.rename(tmp_path / "old")
+    newer.rename(copy)
+    assert settled(repository) == [Change(KEY, reload=True)]
+    model = repository.begin_reload(KEY)()
+    assert repository.find("m", None).model is before
+    repository.replace(KEY, model)
+    assert repository.find("m", None).model is repository.find("m", "1").model is repository.current(KEY) is model
+    assert repository.models == [model]
+    assert repository.retired == [before]
+
+
+@pytest.fixture
+def two(copy: Path, tmp_path: Path) -> Iterator[Repository]:
+    """Two models, of one directory each: ``first`` and ``m``."""
+    first = Path(shutil.copytree(copy, tmp_path / "first"))
+    opened = Repository([EngineSource("first", "1", first), EngineSource(*KEY, copy)], ModelOptions(instances=1))
+    opened.open()
+    yield opened
+    opened.close()
+
+
+def test_one_that_answers_no_more_makes_all_unready_and_is_named(two: Repository) -> None:
+    assert two.ready
+    assert [(entry["state"], entry["reason"]) for entry in two.index()] == [("READY", "")] * 2
+    for name in ("first", "m"):
+        model = two.current((name, "1"))
+        model.withdrawn = "/srv/secret/path: parity failed"
+        assert not two.ready
+        unready = [entry for entry in two.index() if entry["state"] != "READY"]
+        assert [entry["name"] for entry in unready] == [name]
+        assert unready[0]["reason"].startswith("withdrawn: its parity")
+        assert "secret" not in unready[0]["reason"]
+        model.withdrawn = None
+    assert two.ready
+
+
+def test_one_that_is_put_off_keeps_no_other_from_being_looked_at(
+    two: Repository, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, look = tmp_path / "first", Path.read_text
+
+    def full_there(file: Path, *arguments: object, **options: object) -> str:
+        if first in file.parents:
+            full()
+        return look(file, *arguments, **options)  # type: ignore[arg-type]  # as it was called
+
+    exact_engine.write_parity(copy, passed=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", full_there)
+        (change,) = two.changed()
+        assert change.key == ("first", "1")
+        assert two.changed() == [Change(KEY, reload=False)]
+
+
+def test_a_directory_that_was_not_whole_when_it_was_opened_is_loaded_once_it_is(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is replaced at this moment: nobody knows which of the two was read."""
+    opened = Repository([EngineSource(*KEY, copy)], ModelOptions(instances=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("engines.serving.repository.signature", lambda _: None)
+        opened.open()
+    try:
+        assert settled(opened) == [Change(KEY, reload=True)]
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize("suffixes", [(), ("_text",), ("_text", "_tokens")])
+def test_names_are_distinct_with_every_suffix_and_in_folders_without_case(suffixes: tuple[str, ...]) -> None:
+    def refused(*names: str, folded: bool = False) -> bool:
+        try:
+            require_distinct_names([EngineSource(name, "1", Path("d")) for name in names], suffixes, folded=folded)
+        except ServeError as error:
+            return "both need the name" in str(error)
+        return False
+
+    assert not refused("m", "m")  # two versions of one
+    assert not refused("a", "A")
+    assert refused("a", "A", folded=True)
+    for suffix in ("_text", "_tokens"):
+        assert refused("m", f"m{suffix}") is refused(f"m{suffix}", "m") is (suffix in suffixes)
+        assert not refused("m", f"M{suffix}")
+        assert refused("m", f"M{suffix}", folded=True) is (suffix in suffixes)
+
+
+def test_names_that_collide_are_refused_before_anything_is_loaded(copy: Path) -> None:
+    sources = [EngineSource("m", "1", copy), EngineSource("m_text", "1", copy)]
+    for text in (True, False):
+        repository = Repository(sources, ModelOptions(instances=1, text=text))
+        if not text:
+            repository.require_admitted()
+            continue
+        for ask in (repository.require_admitted, repository.open):
+            with pytest.raises(ServeError, match="m and m_text both need the name m_text"):
+                ask()
+        assert repository.models == []
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])

@@ -15,8 +15,8 @@ from nxm_export.storage.json_files import convert, read_json
 DEFAULT_CANDIDATES = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
 MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and samples that judge
-# Held-out samples for one that calibrates. Swaps that 16 judged made a plan worse as often as better: it came to .024
-# (MRPC, seed 0) and .048 (CoLA, seed 2) after training, and to .013 and .028 where 64 judged (docs/research-notes.md).
+# Held-out samples for one that calibrates: by as few as that many, swaps pick what fits these samples, and make a plan
+# worse on others (docs/research-notes.md).
 JUDGES = 4
 _JUDGING = 0.5  # forward passes of a sample that judges, in training's precision: .4 in bfloat16, 1 in float32
 # Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of

@@ -43,11 +43,6 @@ SHOWN = (
     ),
     Shown(
         "MiniLM-L6",
-        "searched-hw-87.5-by-admm-averaged",
-        "the same, judged by 16 sentences, as it was by default before",
-    ),
-    Shown(
-        "MiniLM-L6",
         "searched-hw-87.5",
         "a pattern and width per matrix, searched for 87.5 % by `obs`, with the last step's weights",
     ),

@@ -19,7 +19,7 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and samples that judge
 # (MRPC, seed 0) and .048 (CoLA, seed 2) after training, and to .013 and .028 where 64 judged (docs/comparison.md).
 JUDGES = 4
 _JUDGING = 0.5  # forward passes of a sample that judges, in training's precision: .4 in bfloat16, 1 in float32
-# Together they made a search cost 9 to 10 % of a compression run while as many samples judged as calibrated, in float32:
+# Together they made a search cost 9 to 10 % of a compression run while as many samples judged as calibrate, in float32:
 # a training sample costs 1.1 to 1.2 forward passes of the search where training is bfloat16 and the search float32
 # (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and MRPC), about four where both are float32.
 COST_SHARE = 0.055

@@ -464,9 +464,10 @@ def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
     assert (little.samples, little.held_out) == (10, 10), "a quarter of little data each"
     given = SearchSettings(samples=30).sized(6, 6, 10**6, 10**6)
     assert (given.samples, given.held_out) == (30, 120)
-    for much in ({"samples": 900}, {"held_out": 900}):  # what is left is enough for the other number
-        sized = SearchSettings(**much).sized(6, 6, 960, 10**6)
-        assert sized.samples and sized.held_out
+    for much in (SearchSettings(samples=900), SearchSettings(held_out=900)):  # what is left is enough for the other
+        sized = much.sized(6, 6, 960, 10**6)
+        assert sized.samples
+        assert sized.held_out
         assert (sized.samples + sized.held_out, min(sized.samples, sized.held_out)) == (960, 60)
     too_much = SearchSettings(samples=960).sized(6, 6, 960, 10**6)
     assert (too_much.samples, too_much.held_out) == (960, MIN_SAMPLES), "the search says which to lower"

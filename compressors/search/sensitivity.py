@@ -421,4 +421,5 @@ def read_sensitivities(file: Path) -> list[Sensitivity]:
 
 
 def _quantized(x: Tensor, scale: float) -> Tensor:
-    return torch.round(x / scale).clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX) * scale
+    """In float32, as training quantizes: bfloat16 would round the quotient to other integers."""
+    return torch.round(x.float() / scale).clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX) * scale

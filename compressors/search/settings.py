@@ -19,9 +19,9 @@ MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and samples that judge
 # worse on others (docs/research-notes.md).
 JUDGES = 4
 _JUDGING = 0.5  # forward passes of a sample that judges, in training's precision: .4 in bfloat16, 1 in float32
-# Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of
-# the search where training is bfloat16 and the search float32 (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and
-# MRPC), about four where both are float32.
+# Together they made a search cost 9 to 10 % of a compression run while as many samples judged as calibrate, in float32:
+# a training sample costs 1.1 to 1.2 forward passes of the search where training is bfloat16 and the search float32
+# (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and MRPC), about four where both are float32.
 COST_SHARE = 0.055
 _TRAINING_PASSES = 2
 MIXES = 11  # weights of the two sensitivities that candidates are made for
@@ -136,8 +136,9 @@ class SearchSettings:
             count = min(count, int((COST_SHARE * trained * _TRAINING_PASSES - solving) / self.passes(blocks, matrices)))
         count = max(2 * MIN_SAMPLES, count)
         few = max(MIN_SAMPLES, available // 4)
-        samples = self.samples or min(count, few)
-        return replace(self, samples=samples, held_out=self.held_out or min(MAX_SAMPLES, JUDGES * samples, few))
+        samples = self.samples or max(MIN_SAMPLES, min(count, few, available - (self.held_out or 0)))
+        judging = max(MIN_SAMPLES, min(MAX_SAMPLES, JUDGES * samples, few, available - samples))
+        return replace(self, samples=samples, held_out=self.held_out or judging)
 
 
 def read_latencies(file: Path) -> dict[str, dict[str, float]]:

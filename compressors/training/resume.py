@@ -116,7 +116,8 @@ def pin(file: Path, facts: Mapping[str, str], *, begun: bool) -> None:
     if (problem := distributed.agreed(problem)) is not None:
         raise ArtifactError(
             f"{file.parent} holds unfinished work that {problem}; what goes on from there would be the result of "
-            f"neither. Finish it with what it was begun with, or remove {file.parent} and run the command again"
+            "neither. Finish it by the same command with what it was begun with (another option, --precision too, "
+            f"removes it and begins anew), or remove {file.parent} and run the command again"
         )
 
 

@@ -22,7 +22,8 @@ SECTION = "tools.results render"
 
 @dataclass(frozen=True)
 class Shown:
-    """A row of the README: of which encoder, which row of the results, and its words."""
+    """A row of the README: of which encoder, which row of the results, and its words, which refer to no other row: that
+    may not be there."""
 
     encoder: str
     row: str
@@ -32,9 +33,9 @@ class Shown:
 SHOWN = (
     Shown("MiniLM-L6", "admm-2:4+W8-averaged", "2:4, 8-bit weights: what `nxm compress` does by itself"),
     Shown("MiniLM-L6", "admm-2:4+W4-averaged", "2:4, 4-bit weights (`--weight-bits 4`)"),
-    Shown("MiniLM-L6", "obs-2:4+W4-averaged", "the same by `--recipe obs`"),
-    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same by `admm` without training (`--steps 0`)"),
-    Shown("MiniLM-L6", "paper-2:4+W4", "the same by the paper's recipe"),
+    Shown("MiniLM-L6", "obs-2:4+W4-averaged", "2:4, 4-bit weights, by `--recipe obs`"),
+    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "2:4, 4-bit weights, without training (`--steps 0`)"),
+    Shown("MiniLM-L6", "paper-2:4+W4", "2:4, 4-bit weights, by the paper's recipe"),
     Shown("MiniLM-L6", "admm-1:4+W4-averaged", "1:4, 4-bit weights"),
     Shown(
         "MiniLM-L6",

@@ -74,7 +74,11 @@ class Change:
 
 CHANGES = {  # by what a row's name ends in
     "admm": Change("masks by ADMM", {"recipe": "nxm"}),
-    "by-admm": Change("by layer-wise ADMM, also in the search's table", {"recipe": "admm"}),
+    "by-admm": Change(  # as many samples as it was by default when the first of them were measured
+        "by layer-wise ADMM, also in the search's table",
+        {"recipe": "admm"},
+        search={"samples": 16, "held_out": 16},
+    ),
     "unaugmented": Change("no distorted sentences", {"augment": 0.0}),
     "averaged": Change("weights averaged over the last tenth of the steps", {"average": 0.1}),
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),

@@ -18,7 +18,7 @@ from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
 from compressors.search.knapsack import choose
 from compressors.search.plan_selection import Choice, Selector, Trial, WeightOptions, _by_score, write_trials
-from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, SearchSettings
+from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, MIN_SAMPLES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import DataError, PlanError
@@ -464,6 +464,13 @@ def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
     assert (little.samples, little.held_out) == (10, 10), "a quarter of little data each"
     given = SearchSettings(samples=30).sized(6, 6, 10**6, 10**6)
     assert (given.samples, given.held_out) == (30, 120)
+    for much in (SearchSettings(samples=900), SearchSettings(held_out=900)):  # what is left is enough for the other
+        sized = much.sized(6, 6, 960, 10**6)
+        assert sized.samples
+        assert sized.held_out
+        assert (sized.samples + sized.held_out, min(sized.samples, sized.held_out)) == (960, 60)
+    too_much = SearchSettings(samples=960).sized(6, 6, 960, 10**6)
+    assert (too_much.samples, too_much.held_out) == (960, MIN_SAMPLES), "the search says which to lower"
     assert SearchSettings(method="paper").sized(6, 6, 10**6, 10).held_out == 256
     assert SearchSettings(samples=99).sized(6, 6, 10**6, 10**6).samples == 99
 

@@ -300,3 +300,11 @@ def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
     table = measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, specs), tmp_path)
     assert [entry.weight for entry in table] == list(opened.source.family.weights(opened.source.config))
     assert all(entry.kl > 0 and entry.fisher > 0 for entry in table)
+
+
+def test_inputs_are_quantized_to_the_integers_of_float32_whatever_the_model_computes_in() -> None:
+    """Codes from 64 on are closer than twice the step of bfloat16, which would round their quotients first."""
+    x, scale = (2 * torch.randn(4000)).bfloat16(), 0.037
+    codes = sensitivity._quantized(x, scale) / scale
+    expected = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -128, 127) / scale
+    torch.testing.assert_close(codes.round(), expected.round(), rtol=0, atol=0)

@@ -97,8 +97,11 @@ def test_a_training_checkpoint_of_another_training_is_refused_and_stays(
     with monkeypatch.context() as patched:
         assert callable(change)
         change(patched)
-        with pytest.raises(ArtifactError, match=rf"unfinished work that was begun with {named} \S+ \(now .*or remove"):
+        with pytest.raises(ArtifactError) as refused:
             dense(home, tmp_path / "out")
+    said = str(refused.value)
+    assert re.search(rf"unfinished work that was begun with {named} \S+ \(now .*or remove", said)
+    assert "another option, --precision too, removes it" in said, "who reads bf16 there asks for it"
     assert (work / "dense" / kept).is_dir()
     steps: list[int] = []
     dense(home, tmp_path / "out", lambda what, done, _: steps.append(done) if what == "dense" else None)

@@ -13,7 +13,7 @@ from tests.support.results_book import DRAWS, LABELS, Book, compressed, flipped,
 from tools import ROOT
 from tools.results.bootstrap import resampled
 from tools.results.page import render
-from tools.results.readme import results_table
+from tools.results.readme import SHOWN, results_table
 from tools.results.records import (
     Compression,
     CompressionFacts,
@@ -171,6 +171,13 @@ def test_bits_saved_are_of_the_seeds_that_count(book: Book) -> None:
             book.write(task, "dense", seed, LABELS, LABELS)
     book.write("rte", "obs-2:4+W4-averaged", 5, LABELS, LABELS, compressed=compressed(0.1))  # of no dense model
     assert "| 80.0 % |" in results_table(book.results)
+
+
+def test_no_words_of_the_readme_lean_on_a_row_that_may_be_missing() -> None:
+    """Of a row without a record nothing is shown: "the same, searched" then stood below 1:4."""
+    words = [(shown.encoder, shown.words) for shown in SHOWN]
+    assert not [each for _, each in words if "the same" in each]
+    assert len(set(words)) == len(words)
 
 
 def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(book: Book) -> None:

@@ -113,8 +113,8 @@ def test_a_text_that_was_cut_is_said(engine_for: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give TEXTs, or --data"),
-        (("a", "--data", "dev.tsv"), "give TEXTs, or --data"),
+        ((), "give either TEXTs, or --data"),
+        (("a", "--data", "dev.tsv"), "give either TEXTs, or --data"),
         (("a", "--text-column", "x"), "name columns of --data"),
         (("a", "--pairs"), "are not pairs"),
         (("--data", "dev.tsv", "--pairs"), "--pairs is for TEXTs"),

@@ -66,6 +66,25 @@ def searched(desk: Path) -> Path:
     return desk / "searched"
 
 
+def test_plans_are_judged_in_the_precision_of_training_and_the_table_is_not(desk: Path, tmp_path: Path) -> None:
+    written = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        search_plan(
+            desk / "dense",
+            task="classification",
+            train=str(desk / "train.tsv"),
+            out=out,
+            settings=SearchSettings(samples=24, held_out=24, swaps=0, compression=0.85),
+            training=Settings(precision=precision, threads=1),
+        )
+        trials = (out / "trials.csv").read_text().splitlines()
+        written.append(((out / "sensitivity.csv").read_text(), sorted(trials)))
+    (table, exact), (same_table, rounded) = written
+    assert table == same_table
+    assert exact != rounded
+
+
 def test_it_writes_the_plan_and_its_evidence(searched: Path) -> None:
     assert {file.name for file in searched.iterdir()} == {
         *("plan.json", "finalist-1.json", "finalist-2.json", "pareto-1.json", "pareto-2.json"),

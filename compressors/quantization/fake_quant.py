@@ -5,7 +5,8 @@ they stay positive.
 
 A `QuantLinear` multiplies integer codes and applies both scales to the product,
 ``y = (codes(x) @ codes(W).T) * s_x * s_w + b``: the codes are exact in bfloat16, where ``code * scale`` is not, so a
-mixed-precision forward pass sees the same integers as the exported engine.
+mixed-precision forward pass multiplies the same integers as the exported engine. How exactly it adds them up,
+`compressors.quantization.autograd.integer_sums` says.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
+from compressors import distributed
 from nxm_export.contract.checkpoint import has_head, read_config, require_safetensors
 from nxm_export.contract.encoder_family import GELUS, Family
 from nxm_export.contract.families import family_of
@@ -192,8 +193,8 @@ def _as_spans(model: nn.Module) -> nn.Module:
 def load_model(
     source: ModelSource, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None
 ) -> nn.Module:
-    """The task model in float32, with ``labels`` in and ``logits`` out. With `classes` the head is new; without, it is
-    the checkpoint's own.
+    """The task model in float32 on this process's device, with ``labels`` in and ``logits`` out. With `classes` the
+    head is new; without, it is the checkpoint's own.
 
     `gelu` (erf or tanh) replaces the model's own GELU, and ``config.json`` says so when the model is saved.
     """
@@ -214,4 +215,4 @@ def load_model(
     model = load_pretrained(source.path, source.config, task, loading)
     split_shared_projections(model)
     write_out_attention(model)
-    return _as_spans(model) if task.output_kind == "span" else model
+    return (_as_spans(model) if task.output_kind == "span" else model).to(distributed.device())

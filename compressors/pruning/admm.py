@@ -100,6 +100,8 @@ class Admm(nn.Module):
         super().__init__()
         self.damping = damping
         self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
+        self._known_rho: float | None = 0.0  # the buffer's value, so that no step waits for a device to tell it
+        self.register_load_state_dict_post_hook(_forget_rho)  # type: ignore[no-untyped-call]
         self.constraints = nn.ModuleDict()
         for name, (weight, spec) in weights.items():
             constraint = _Constraint(weight, spec, project, (importance or {}).get(name))
@@ -150,20 +152,27 @@ class Admm(nn.Module):
             return
         task = torch.stack([constraint.grad.norm() for constraint in constraints]).norm()
         gap = torch.stack([(constraint.weight - constraint.z).norm() for constraint in constraints]).norm()
-        self.set_rho(max(float(self.rho), float(strength * task.clamp(min=1e-9) / gap.clamp(min=1e-9))))
+        self.set_rho(max(self._rho(), float(strength * task.clamp(min=1e-9) / gap.clamp(min=1e-9))))
 
     @torch.no_grad()
     def set_rho(self, rho: float) -> None:
         """Set rho and rescale U, so that the dual variable ``rho * U`` stays what it is."""
-        if float(self.rho) and rho:
+        before = self._rho()
+        if before and rho:
             for constraint in self._all():
-                constraint.u.mul_(float(self.rho) / rho)
+                constraint.u.mul_(before / rho)
         self.rho.fill_(rho)
+        self._known_rho = rho
+
+    def _rho(self) -> float:
+        if self._known_rho is None:
+            self._known_rho = float(self.rho)
+        return self._known_rho
 
     @torch.no_grad()
     def add_penalty(self) -> None:
         """Add ``rho * (W - Z + U)`` to the gradients."""
-        rho = float(self.rho)
+        rho = self._rho()
         for constraint in self._all():
             grad = constraint.grad  # three passes in place: no allocation as large as a weight
             grad.add_(constraint.weight, alpha=rho).sub_(constraint.z, alpha=rho).add_(constraint.u, alpha=rho)
@@ -215,3 +224,8 @@ class Admm(nn.Module):
             with torch.no_grad():
                 for constraint, weight in zip(self._all(), saved, strict=True):
                     constraint.weight.copy_(weight)
+
+
+def _forget_rho(admm: Admm, _: object) -> None:
+    """Called behind `load_state_dict`, which changes the buffer."""
+    admm._known_rho = None

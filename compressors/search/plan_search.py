@@ -109,7 +109,7 @@ def search(
     held_out, rest = _cut(data.train, settings)
     settings = replace(settings, held_out=len(held_out))  # more than were asked for, where groups stay together
     data = replace(data, train=rest, dev=held_out)
-    dense = load_model(source, kind).to(distributed.device())
+    dense = load_model(source, kind)
     require_counted_alike(dense, data, train)
     probe = SensitivityProbe(dense, source.family, source.config, kind.output_kind)
     judged, known = (_batches(part, data.pad_id, settings.batch_size) for part in (held_out, rest[: settings.samples]))

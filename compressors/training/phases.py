@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
-from compressors import distributed
 from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
 from compressors.pruning.layer_inputs import by_block, require_enough_tokens, second_moments
@@ -202,7 +201,6 @@ class Job:
                 # For `admm`, what layers read while no weight is rounded leads nearer (docs/research-notes.md); for
                 # `obs` it does not, and it stays as its results were measured.
                 layer.quantize_weight = False
-        student.to(distributed.device())
         solve_layers(
             student,
             by_block(layers, self.source.family.blocks(self.source.config)),

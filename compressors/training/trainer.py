@@ -226,7 +226,7 @@ def training_arguments(phase: Phase, directory: Path, seed: int, precision: str)
     if phase.batch_size % world:
         raise DataError(f"batch size {phase.batch_size} is not divisible by {world} processes")
     cpu = not torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=phase.steps,
         per_device_train_batch_size=phase.batch_size // world,
@@ -250,6 +250,10 @@ def training_arguments(phase: Phase, directory: Path, seed: int, precision: str)
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+    # Of several GPUs without ``torchrun`` the Trainer would make copies of the model by DataParallel, whose quantizers
+    # share nothing, and batches as many times as large. One process trains on one GPU.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def wants_bf16(precision: str) -> bool:

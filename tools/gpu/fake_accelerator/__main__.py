@@ -3,9 +3,11 @@ ours.
 
     python -m tools.gpu.fake_accelerator --step                        one step of a linear layer: does the device work?
     python -m tools.gpu.fake_accelerator RUN --recipe nxm --steps 30   a whole compression of a tiny BERT
+    python -m tools.gpu.fake_accelerator RUN --interrupt-at 20         the same, stopped on the way and gone on with
+    python -m tools.gpu.fake_accelerator RUN --search                  a search of a plan, with a round of short runs
 
-RUN is a finished `nxm run`, for its tokenizer and its data. The model is random and tiny; checkpoints are not written,
-for torch.save knows no storage of this device. The report is JSON, on stdout or in ``--out``.
+RUN is a finished `nxm run`, for its tokenizer and its data. The model is random and tiny. The report is JSON, on stdout
+or in ``--out``.
 """
 
 from __future__ import annotations
@@ -18,17 +20,26 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.hashing import file_hash
 from tools import ROOT
 from tools.gpu.fake_accelerator import NAME, CannotBuild, install
+
+if TYPE_CHECKING:
+    from compressors.settings import Settings
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
+
+WEIGHTS = "model.safetensors"
 
 OURS, LIBRARIES = ("compressors", "nxm_export"), ("transformers", "accelerate", "optim")
 
@@ -64,44 +75,90 @@ def one_step() -> Rehearsal:
     return Rehearsal(error=error, metrics={"loss": loss.item(), "moved": moved})
 
 
+class Interrupted(Exception):
+    """What stops a compression on its way, as a kill would."""
+
+
 def compression(options: argparse.Namespace, work: Path) -> Rehearsal:
-    """A compression of a tiny random BERT by `compressors.training.compress.compress`."""
-    from compressors.settings import Settings
+    """A compression of a tiny random BERT by `compressors.training.compress.compress`, where it is asked for stopped on
+    its way and begun again."""
     from compressors.training.compress import compress
     from nxm_export.contract.families import family_of
     from nxm_export.contract.plan import WeightSpec
     from nxm_export.storage.json_files import to_json_object
 
-    data = options.data or options.run / "data"
-    dense = work / "dense"
-    _write_model(options.run / "dense", dense)
-    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    data, dense = options.data or options.run / "data", work / "dense"
+    config = _write_model(options.run / "dense", dense)
     plan = family_of(config).uniform_plan(config, WeightSpec.parse(options.option), placement=options.placement)
-    settings = Settings(
+
+    def stop(stage: str, done: int, _: int) -> None:
+        if stage == options.interrupt_phase and done >= options.interrupt_at:
+            raise Interrupted
+
+    def run(out: Path, progress: Progress) -> CompressionMetrics:
+        return compress(
+            dense,
+            task="classification",
+            train=str(data / "train.tsv"),
+            dev=str(data / "dev.tsv"),
+            plan=plan,
+            out=out,
+            settings=_settings(options),
+            train_limit=options.train_limit,
+            progress=progress,
+        )
+
+    with _training_on(torch.device(NAME, 0)):
+        metrics = to_json_object(run(work / "out", silent)) | {"weights": file_hash(work / "out" / WEIGHTS)}
+        if options.interrupt_at:
+            with suppress(Interrupted):
+                run(work / "again", stop)
+                raise RuntimeError(f"{options.interrupt_phase} has no step {options.interrupt_at} to stop at")
+            run(work / "again", silent)
+            metrics["weights of the resumed"] = file_hash(work / "again" / WEIGHTS)
+    return Rehearsal(metrics=metrics)
+
+
+def searching(options: argparse.Namespace, work: Path) -> Rehearsal:
+    """A search of a plan for a tiny random BERT, its finalists judged by short runs."""
+    from compressors.search.plan_search import search
+    from compressors.search.settings import SearchSettings
+    from nxm_export.storage.json_files import to_json_object
+
+    data, dense = options.data or options.run / "data", work / "dense"
+    _write_model(options.run / "dense", dense)
+    with _training_on(torch.device(NAME, 0)):
+        result = search(
+            dense,
+            task="classification",
+            train=str(data / "train.tsv"),
+            out=work / "found",
+            settings=SearchSettings(samples=16, held_out=16, swaps=2, halving=(2,), finalists=2),
+            training=_settings(options),
+            train_limit=options.train_limit,
+        )
+    return Rehearsal(metrics=to_json_object(result))
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from compressors.settings import Settings
+
+    return Settings(
         recipe=options.recipe,
         steps=options.steps,
         batch_size=16,
         learning_rate=3e-4,
         augment=0.0,
         max_length=64,
-        precision="fp32",
+        permute=options.permute,
+        precision=options.precision,
         threads=1,
         calibration_samples=32,
     )
-    with _training_on(torch.device(NAME, 0)):
-        metrics = compress(
-            dense,
-            task="classification",
-            train=str(data / "train.tsv"),
-            dev=str(data / "dev.tsv"),
-            plan=plan,
-            out=work / "out",
-            settings=settings,
-        )
-    return Rehearsal(metrics=to_json_object(metrics))
 
 
-def _write_model(tokenizer: Path, out: Path) -> None:
+def _write_model(tokenizer: Path, out: Path) -> dict[str, object]:
+    """A tiny random BERT in `out`, with this tokenizer; returns its configuration."""
     import transformers
 
     out.mkdir()
@@ -117,6 +174,7 @@ def _write_model(tokenizer: Path, out: Path) -> None:
         max_position_embeddings=64,
     )
     transformers.BertForSequenceClassification(config).save_pretrained(out)
+    return dict(config.to_dict())
 
 
 @contextmanager
@@ -138,16 +196,19 @@ def _training_on(device: torch.device) -> Iterator[None]:
         for target, value in (
             ("compressors.distributed.device", lambda: device),
             ("transformers.TrainingArguments.device", property(asked_device)),
-            ("transformers.TrainingArguments.n_gpu", property(lambda _: 1)),
-            ("transformers.Trainer._save_checkpoint", _save_nothing),
+            ("torch.save", _save_from_host(torch.save)),
         ):
             stack.enter_context(mock.patch(target, value))
         yield
 
 
-def _save_nothing(trainer: object, *_: object, **__: object) -> None:
-    arguments, step = trainer.args, trainer.state.global_step  # type: ignore[attr-defined]
-    Path(arguments.output_dir, f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+def _save_from_host(save: Callable[..., None]) -> Callable[..., None]:
+    """`torch.save`, which knows no storage of this device, for what it finds there."""
+
+    def saved(value: object, *arguments: object, **keywords: object) -> None:
+        save(tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), value), *arguments, **keywords)
+
+    return saved
 
 
 class Lines:
@@ -180,6 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--placement", default="inputs")
     parser.add_argument("--option", default="2:4+W8")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--permute", action="store_true")
+    parser.add_argument("--train-limit", type=int, help="samples of train to use [all]")
+    parser.add_argument("--interrupt-at", type=int, metavar="STEP", help="compress again, stop there, and go on")
+    parser.add_argument("--interrupt-phase", default="qat", metavar="PHASE")
+    parser.add_argument("--search", action="store_true", help="search a plan in place of a compression")
     parser.add_argument("--out", type=Path, help="file for the report [stdout]")
     options = parser.parse_args(arguments)
     if options.run is None and not options.step:
@@ -193,7 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     extension.listen(lines)
     with tempfile.TemporaryDirectory() as work:
         try:
-            rehearsal = one_step() if options.step else compression(options, Path(work))
+            if options.step:
+                rehearsal = one_step()
+            else:
+                rehearsal = (searching if options.search else compression)(options, Path(work))
         except Exception as error:
             text = f"{type(error).__name__}: {error}"[:600]
             rehearsal = Rehearsal(error=text, trace=traceback.format_exc()[-3000:])

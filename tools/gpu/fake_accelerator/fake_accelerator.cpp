@@ -5,6 +5,7 @@
 // is counted by name. Operations themselves run on the CPU, by torch's fallback.
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/GeneratorForPrivateuseone.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -233,6 +234,18 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("view", &view);
   library.impl("unfold", &unfold_view);
   library.impl("resize_", &resize);
+}
+
+// Autocast, by torch's own lists of what runs in the lower precision and what in float32
+
+#define LOWER_PRECISION(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
+#define IN_FP32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) { library.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {  // the macros call it m
+  AT_FORALL_LOWER_PRECISION_FP(LOWER_PRECISION)
+  AT_FORALL_FP32(IN_FP32)
 }
 
 }  // namespace

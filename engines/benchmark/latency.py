@@ -29,7 +29,8 @@ from nxm_export.storage.json_files import read_record, to_json_object
 
 SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
-WARMUP = 3
+WARMUP = 3  # runs of each engine, at least
+GPU_WARM_UP_S = 1.0  # an idle GPU raises its clocks over some tenths of a second
 # ONNX Runtime's threads were seen to slow another runtime on two cores for 45 ms after their last run.
 SETTLE_S = 0.06
 # The median of fewer rounds has no 95 % interval: not even from the least of five ratios to the largest (94 %).
@@ -125,7 +126,8 @@ def bench(
         timers: dict[str, Callable[[], float]] = {}
         for name, engine in engines.items():
             timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed))
-        taken = interleaved(timers, rounds, settle=engines[names[0]].clock == Closing.clock)
+        on_cpu = engines[names[0]].clock == Closing.clock
+        taken = interleaved(timers, rounds, settle=on_cpu, warm_up_s=0.0 if on_cpu else GPU_WARM_UP_S)
         for name in names:
             low, middle, high, p95, p99 = map(float, np.percentile(taken[name], [25, 50, 75, 95, 99]))
             clock = engines[name].clock
@@ -191,17 +193,19 @@ def fitted_shapes(engines: Iterable[Engine], shapes: Iterable[tuple[int, int]]) 
 
 
 def interleaved(
-    timers: Mapping[str, Callable[[], float]], rounds: int, *, settle: bool = False
+    timers: Mapping[str, Callable[[], float]], rounds: int, *, settle: bool = False, warm_up_s: float = 0.0
 ) -> dict[str, list[float]]:
-    """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates. Raises
-    `EngineError` for a clock that gives no time.
+    """Milliseconds of every timer in every round; the order within a round rotates. Before it, all run in turns at
+    least `WARMUP` times and for `warm_up_s` seconds. Raises `EngineError` for a clock that gives no time.
 
     With `settle` every timed run follows untimed ones of the same engine for `SETTLE_S`: the threads of a CPU runtime
     spin for a while after a run, on the cores of whoever comes next, and an engine is not to be timed by its neighbour.
     """
-    for timer in timers.values():
-        for _ in range(WARMUP):
+    began, turns = time.perf_counter(), 0
+    while timers and (turns < WARMUP or time.perf_counter() - began < warm_up_s):
+        for timer in timers.values():
             timer()
+        turns += 1
     taken: dict[str, list[float]] = {name: [] for name in timers}
     for number in range(rounds):
         for name in rotated(list(timers), number):

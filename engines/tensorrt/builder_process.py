@@ -412,7 +412,8 @@ def _inspect(trt: TensorRT, engine_bytes: bytes, profiles: Sequence[Profile]) ->
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-        information = json.loads(text, parse_constant=str)  # TensorRT may write Infinity, which JSON does not have
+        # TensorRT may write Infinity, which JSON does not have, and control characters of names as they are.
+        information = json.loads(text, parse_constant=str, strict=False)
         reports.append(InspectedProfile(index, sizes.optimum, information))
     return tuple(reports)
 

@@ -7,7 +7,7 @@ The device's primary context is used, which is the one that TensorRT (through th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,14 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuEventSynchronize": (ctypes.c_void_p,),
     "cuEventElapsedTime": (ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_void_p),
     "cuEventDestroy_v2": (ctypes.c_void_p,),
+    "cuStreamBeginCapture_v2": (ctypes.c_void_p, ctypes.c_int),
+    "cuStreamEndCapture": (ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)),
+    "cuGraphInstantiateWithFlags": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint64),
+    "cuGraphLaunch": (ctypes.c_void_p, ctypes.c_void_p),
+    "cuGraphDestroy": (ctypes.c_void_p,),
+    "cuGraphExecDestroy": (ctypes.c_void_p,),
 }
+_CAPTURE_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may do what a capture forbids
 
 
 def device_facts(index: int = 0) -> dict[str, str]:
@@ -115,6 +122,30 @@ class Device:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", self.stream)
 
+    def captured(self, work: Callable[[], bool]) -> int | None:
+        """A CUDA graph of what `work` puts into the stream, which does not run it; None where `work` says that it
+        failed, or puts something there that no graph holds. `launch` runs it, `forget` gives it back."""
+        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", self.stream, _CAPTURE_THIS_THREAD)
+        try:
+            done = work()
+        finally:
+            # Also of a capture that went wrong, which says so only here: else the stream would stay in it.
+            ended = self._driver.cuStreamEndCapture(self.stream, ctypes.byref(graph)) == 0 and bool(graph.value)
+        if not (done and ended):
+            return None
+        code = self._driver.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, 0)
+        self._call("cuGraphDestroy", graph)
+        return int(ready.value or 0) or None if code == 0 else None
+
+    def launch(self, graph: int) -> None:
+        """Run a graph of `captured` in the stream."""
+        self._call("cuGraphLaunch", graph, self.stream)
+
+    def forget(self, graph: int) -> None:
+        """Give a graph of `captured` back."""
+        self._call("cuGraphExecDestroy", graph)
+
     def event(self) -> int:
         """A new event that can be timed; it lasts until `close`."""
         event = ctypes.c_void_p()
@@ -136,6 +167,7 @@ class Device:
     def close(self) -> None:
         """Give the events, the stream and the context back; calling it again does nothing."""
         if self.stream:
+            self.activate()
             while self._events:
                 self._call("cuEventDestroy_v2", self._events.pop())
             self._call("cuStreamDestroy_v2", self.stream)

@@ -14,8 +14,9 @@ import numpy as np
 
 from engines.base import Binding, Closing, Profile, as_bound, require_feeds, require_within, spec_of
 from engines.tensorrt.cuda_driver import Device
+from engines.tensorrt.messages import forget_errors, logger_of, said_errors
 from engines.tensorrt.profiles import pick
-from nxm_export.errors import EngineError
+from nxm_export.errors import EngineError, notice
 
 if TYPE_CHECKING:
     from engines.tensorrt.bindings import CudaEngine, ExecutionContext, Runtime, TensorRT
@@ -28,13 +29,16 @@ _NUMPY: Mapping[str, type[np.generic]] = {
     "INT8": np.int8,
     "BOOL": np.bool_,
 }
+# In the first run of a shape TensorRT does what no graph holds; and where shapes change all the time, none pays.
+_RUNS_BEFORE_CAPTURE = 2
 
 
 class TensorRTEngine(Closing):
     """A deserialized engine on the first GPU. See `engines.base.Engine`.
 
     `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences
-    beyond it are refused. Device buffers grow and are used again.
+    beyond it are refused. Device buffers grow and are used again. From the third run of a shape on, as long as no
+    other one comes between, a CUDA graph launches all kernels at once: of small batches launching takes most.
     """
 
     clock = "CUDA events"
@@ -42,17 +46,29 @@ class TensorRTEngine(Closing):
     def __init__(self, trt: TensorRT, file: Path, engine: bytes, rebuild: str) -> None:
         self._trt, self.file, self._rebuild = trt, file, rebuild
         self._spec = spec_of(file.parent)
-        self._messages: list[str] = []
+        self._contexts: dict[int, ExecutionContext] = {}
+        self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the inputs that the context in use is bound for
+        self._runs = 0  # of these shapes, one behind another
+        self._graph: int | None = None  # of these shapes
+        self._can_capture = True
+        self._runtime: Runtime | None = None
+        self._engine: CudaEngine | None = None
         self._device: Device | None = Device()
-        runtime = trt.Runtime(_logger(trt, self._messages))
-        loaded = runtime.deserialize_cuda_engine(engine)
+        try:
+            self._load(trt, engine)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, trt: TensorRT, engine: bytes) -> None:
+        forget_errors()
+        self._runtime = trt.Runtime(logger_of(trt))  # an engine needs it as long as it lives
+        loaded = self._engine = self._runtime.deserialize_cuda_engine(engine)
         if loaded is None:
-            self._device.close()
             raise EngineError(
-                f"{file}: TensorRT cannot load it: {' '.join(self._messages) or 'no reason given'}; {rebuild}"
+                f"{self.file}: TensorRT cannot load it: {said_errors() or 'no reason given'}; {self._rebuild}"
             )
-        self._runtime: Runtime | None = runtime  # an engine needs it as long as it lives
-        self._engine: CudaEngine | None = loaded
         names = [loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)]
         is_input = {name: loaded.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.inputs = tuple(name for name in names if is_input[name])
@@ -63,8 +79,6 @@ class TensorRTEngine(Closing):
             for name in self.inputs
         )
         self.profiles = tuple(self._profile(loaded, i) for i in range(loaded.num_optimization_profiles))
-        self._contexts: dict[int, ExecutionContext] = {}
-        self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
 
     @property
     def input_bindings(self) -> tuple[Binding, ...]:
@@ -92,9 +106,9 @@ class TensorRTEngine(Closing):
         def once() -> float:
             # Engines of one bench share no buffers, so the inputs are still there from the preparation.
             device.activate()
+            forget_errors()
             device.record(start)
-            if not context.execute_async_v3(device.stream):
-                raise EngineError(f"{self.file}: TensorRT failed: {' '.join(self._messages)}")
+            self._enqueue(device, context)
             device.record(end)
             return device.elapsed_ms(start, end)
 
@@ -116,8 +130,9 @@ class TensorRTEngine(Closing):
         context.profiler = Profiler()
         for _ in range(rounds):
             if not context.execute_async_v3(device.stream):
-                raise EngineError(f"{self.file}: TensorRT failed: {' '.join(self._messages)}")
+                raise EngineError(f"{self.file}: TensorRT failed: {said_errors()}")
             device.synchronize()
+        self._rebind()
         self._contexts.clear()  # a context with a profiler runs layer by layer: the next run gets a fresh one
         return {name: total / rounds for name, total in totals.items()}
 
@@ -125,6 +140,8 @@ class TensorRTEngine(Closing):
         """Free the engine and its memory."""
         if self._device is None:
             return
+        self._device.activate()  # for the thread that closes it may be another than the one that ran it
+        self._rebind()
         for address, _ in self._buffers.values():
             self._device.free(address)
         self._contexts.clear()
@@ -134,8 +151,7 @@ class TensorRTEngine(Closing):
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         device, context = self._prepare(feeds)
-        if not context.execute_async_v3(device.stream):
-            raise EngineError(f"{self.file}: TensorRT failed: {' '.join(self._messages)}")
+        self._enqueue(device, context)
         outputs = {}
         for name in self.outputs:
             outputs[name] = np.empty(tuple(context.get_tensor_shape(name)), self._types[name])
@@ -149,25 +165,61 @@ class TensorRTEngine(Closing):
             raise EngineError(f"{self.file}: this engine was closed")
         device = self._device
         device.activate()
+        forget_errors()
         context = self._context(*_batch_and_sequence(feeds[self.inputs[0]].shape))
+        shapes = {name: array.shape for name, array in feeds.items()}
+        if shapes != self._shapes:
+            self._rebind()
+            self._bind(context, shapes)
         by_name = {binding.name: binding for binding in self._bindings}
         for name, array in feeds.items():
-            if not context.set_input_shape(name, array.shape):
-                raise EngineError(
-                    f"{self.file}: TensorRT refuses shape {array.shape} for {name}: {' '.join(self._messages)}"
-                )
             typed = np.ascontiguousarray(as_bound(by_name[name], array))
-            device.upload(self._bound(context, name, typed.nbytes), typed)
+            device.upload(self._buffers[name][0], typed)
             device.synchronize()  # `typed` may be gone before an asynchronous copy
+        return device, context
+
+    def _bind(self, context: ExecutionContext, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Tell a context the shapes of its inputs, and where every tensor lies."""
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"{self.file}: TensorRT refuses shape {shape} for {name}: {said_errors()}")
+            self._bound(context, name, shape)
         for name in self.outputs:
             shape = tuple(context.get_tensor_shape(name))
             if -1 in shape:
                 raise EngineError(f"{self.file}: the shape of {name} is still unknown with all inputs given: {shape}")
-            self._bound(context, name, int(np.prod(shape)) * np.dtype(self._types[name]).itemsize)
-        return device, context
+            self._bound(context, name, shape)
+        self._shapes = shapes
 
-    def _bound(self, context: ExecutionContext, name: str, size: int) -> int:
+    def _rebind(self) -> None:
+        """Forget what the next run would go on with: its graph holds addresses and shapes that will change."""
+        if self._graph is not None and self._device is not None:
+            self._device.forget(self._graph)
+        self._graph, self._shapes, self._runs = None, None, 0
+
+    def _enqueue(self, device: Device, context: ExecutionContext) -> None:
+        """Put a run into the stream: all of it at once, where there is a graph of these shapes."""
+        if self._graph is not None:
+            device.launch(self._graph)
+            return
+        if not context.execute_async_v3(device.stream):
+            raise EngineError(f"{self.file}: TensorRT failed: {said_errors()}")
+        self._runs += 1
+        if self._runs < _RUNS_BEFORE_CAPTURE or not self._can_capture:
+            return
+        device.synchronize()
+        self._graph = device.captured(lambda: context.execute_async_v3(device.stream))
+        if self._graph is None:
+            self._can_capture = False
+            notice(
+                f"{self.file}: its runs cannot be captured in a CUDA graph here; kernels are launched one by one, "
+                "which is slower for small batches"
+            )
+
+    def _bound(self, context: ExecutionContext, name: str, shape: tuple[int, ...]) -> None:
+        """A buffer for a tensor of this shape."""
         assert self._device is not None
+        size = int(np.prod(shape)) * np.dtype(self._types[name]).itemsize
         address, held = self._buffers.get(name, (0, -1))
         if held < size:
             if held >= 0:
@@ -175,8 +227,7 @@ class TensorRTEngine(Closing):
             address = self._device.allocate(size)
             self._buffers[name] = (address, size)
         if not context.set_tensor_address(name, address):
-            raise EngineError(f"{self.file}: TensorRT refuses a buffer for {name}: {' '.join(self._messages)}")
-        return address
+            raise EngineError(f"{self.file}: TensorRT refuses a buffer for {name}: {said_errors()}")
 
     def _context(self, batch: int, sequence: int) -> ExecutionContext:
         index = pick(self.profiles, batch, sequence)
@@ -191,9 +242,9 @@ class TensorRTEngine(Closing):
             assert self._engine is not None
             context = self._engine.create_execution_context()
             if context is None:
-                raise EngineError(f"{self.file}: not enough GPU memory to run it: {' '.join(self._messages)}")
+                raise EngineError(f"{self.file}: not enough GPU memory to run it: {said_errors()}")
             if index and not context.set_optimization_profile_async(index, self._device.stream):
-                raise EngineError(f"{self.file}: TensorRT refuses profile {index}: {' '.join(self._messages)}")
+                raise EngineError(f"{self.file}: TensorRT refuses profile {index}: {said_errors()}")
             self._device.synchronize()
             self._contexts[index] = context
         return self._contexts[index]
@@ -216,17 +267,3 @@ def _batch_and_sequence(shape: tuple[int, ...]) -> tuple[int, int]:
     """The first two sizes of a shape; 1 where it has none."""
     batch, sequence = (*map(int, shape), 1, 1)[:2]
     return batch, sequence
-
-
-def _logger(trt: TensorRT, messages: list[str]) -> object:
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]  # a class that is known at run time only
-        """Keeps errors for our messages; warnings about things that the passport has checked are dropped."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: object, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                messages.append(msg)
-
-    return Logger()

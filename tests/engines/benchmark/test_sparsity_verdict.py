@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engines.base import Binding, Engine
-from engines.benchmark.latency import WARMUP, BenchReport, Ratio, bench, interleaved, sparse_verdict
+from engines.benchmark.latency import GPU_WARM_UP_S, WARMUP, BenchReport, Ratio, bench, interleaved, sparse_verdict
 from nxm_export.cli.first_lines import of_bench
 from nxm_export.errors import EngineError
 
@@ -109,7 +109,8 @@ class Told(Steady):
         return lambda: max(self._told, self._told * next(runs))
 
 
-def test_a_timing_has_the_percentiles_of_its_rounds_and_a_ratio_pairs_them() -> None:
+def test_a_timing_has_the_percentiles_of_its_rounds_and_a_ratio_pairs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.benchmark.latency.GPU_WARM_UP_S", 0.0)
     engines = {"slow": cast(Engine, Told(2.0)), "fast": cast(Engine, Told(1.0))}
     report = bench(engines, [(4, 8), (2, 8)], rounds=101)
     assert [(timing.name, timing.batch, timing.sequence) for timing in report.timings] == [
@@ -132,6 +133,34 @@ def test_nothing_is_timed_without_engines_shapes_rounds_or_one_clock() -> None:
     other.clock = "another"
     with pytest.raises(EngineError, match="different clocks"):
         bench({**engines, "b": other}, [(1, 8)], rounds=6)
+
+
+def test_a_warm_up_lasts_as_long_as_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second at every look."""
+    now = itertools.count()
+    monkeypatch.setattr("engines.benchmark.latency.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    calls: list[str] = []
+
+    def timer(name: str) -> Callable[[], float]:
+        return lambda: calls.append(name) or 1.0  # type: ignore[func-returns-value]
+
+    interleaved({"a": timer("a"), "b": timer("b")}, 1, warm_up_s=4.0)
+    assert calls == ["a", "b"] * (WARMUP + 3) + ["a", "b"]  # at 1, 2 and 3 seconds it goes on
+
+
+def test_engines_on_a_gpu_are_warmed_up_until_its_clocks_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def taken(timers: Mapping[str, object], rounds: int, *, settle: bool, warm_up_s: float) -> dict[str, list[float]]:
+        asked.append(warm_up_s)
+        return {name: [1.0] * rounds for name in timers}
+
+    monkeypatch.setattr("engines.benchmark.latency.interleaved", taken)
+    for clock in ("wall clock", "CUDA events"):
+        engine = Steady(1.0)
+        engine.clock = clock  # of this engine alone
+        bench({"a": cast(Engine, engine)}, [(1, 8)], rounds=6)
+    assert asked == [0.0, GPU_WARM_UP_S]
 
 
 @pytest.mark.parametrize(("engines", "settle", "untimed"), [(2, True, 2), (2, False, 0), (1, True, 0)])

@@ -80,7 +80,8 @@ def test_a_report_of_another_profile_or_shape_is_none(
 
     monkeypatch.setattr(polygraphy.backend.trt, "get_trt_logger", lambda: None)
     shapes = {"ids": (-1, -1), "mask": (-1, 1, -1), "y": (-1, 2)}
-    inspected = SimpleNamespace(get_engine_information=lambda kind: '{"Layers": []}')
+    # A tab and a line feed of a name as they are, and Infinity: TensorRT writes both, and JSON has neither.
+    inspected = SimpleNamespace(get_engine_information=lambda kind: '{"Layers": [{"Name": "a\t\n", "x": Infinity}]}')
     engine = SimpleNamespace(
         num_io_tensors=len(shapes),
         get_tensor_name=list(shapes).__getitem__,
@@ -100,6 +101,7 @@ def test_a_report_of_another_profile_or_shape_is_none(
     refused = ""
     reports = builder_process._inspect(trt, b"", profiles)
     assert [(report.profile, report.shape) for report in reports] == [(0, (8, 64)), (1, (1, 8))]
+    assert reports[0].information == {"Layers": [{"Name": "a\t\n", "x": "Infinity"}]}
 
 
 def test_progress_and_facts_are_handed_on(child: Callable[..., BuildRequest], tmp_path: Path) -> None:

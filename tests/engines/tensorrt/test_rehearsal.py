@@ -175,6 +175,50 @@ except EngineError as error:
     assert "this engine was closed" in second
 
 
+@pytest.mark.parametrize("captures", [True, False])
+def test_runs_of_one_shape_replay_a_cuda_graph_on_the_inputs_of_each(
+    captures: bool, engine: BuiltEngine, driver: Path
+) -> None:
+    version, directory = engine
+    script = """
+import sys, warnings
+import numpy as np
+from engines.tensorrt import backend as trt
+from tests.support.trt_models import feeds_for
+with trt.load(sys.argv[1]) as engine:
+    given = feeds_for(engine.inputs, 2, 16)
+    inputs = [{**given, "input_ids": given["input_ids"] + turn} for turn in range(6)]
+    alone = []
+    for feeds in inputs:
+        engine.run(feeds_for(engine.inputs, 1, 8))  # another shape between: no graph
+        assert engine._graph is None
+        alone.append(engine.run(feeds)["logits"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        engine.run(feeds_for(engine.inputs, 1, 8))
+        graphs, together = [], []
+        for feeds in inputs:
+            graphs.append(engine._graph is not None)
+            together.append(engine.run(feeds)["logits"])
+        time = engine.timer(inputs[0])
+        assert time() > 0 and time() > 0
+    assert np.array_equal(alone, together) and len({tuple(a.flatten()) for a in alone}) == len(alone)
+    print(graphs, len(said), *(str(one.message) for one in said))
+    engine.run(feeds_for(engine.inputs, 1, 8))
+    assert engine._graph is None, "of other shapes"
+"""
+    env = environment(driver, version, **({} if captures else {"NXM_FAKE_NO_CAPTURE": "1"}))
+    done = subprocess.run(
+        [sys.executable, "-c", script, directory], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if captures:
+        assert done.stdout == "[False, False, True, True, True, True] 0\n"
+    else:
+        assert done.stdout.startswith("[False, False, False, False, False, False] 1 ")
+        assert "cannot be captured in a CUDA graph here" in done.stdout
+
+
 @pytest.mark.parametrize("engine", variants(["8.6", "11.4"], ("11.4",)), indirect=True)
 def test_an_engine_is_served_by_its_profiles_with_the_logits_it_gives_alone(
     engine: BuiltEngine, driver: Path, tmp_path: Path

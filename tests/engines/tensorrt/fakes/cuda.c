@@ -27,4 +27,19 @@ R cuEventRecord(void *e, void *s) { *(double *)e = now(); return s ? 0 : 400; }
 R cuEventSynchronize(void *e) { return e ? 0 : 400; }
 R cuEventElapsedTime(float *ms, void *a, void *b) { *ms = (float)(*(double *)b - *(double *)a); return 0; }
 R cuEventDestroy_v2(void *e) { free(e); return 0; }
+
+/* A graph holds what TensorRT's stand-in hands over while a stream captures, and does it again when it is launched. */
+typedef void (*Work)(void);
+struct Graph { Work work[64]; int count; };
+static struct Graph *capturing;
+int fake_captures(Work w) { if (!capturing) return 0; capturing->work[capturing->count++] = w; return 1; }
+R cuStreamBeginCapture_v2(void *s, int mode) { if (!s || mode != 1 || capturing) return 400; capturing = calloc(1, sizeof *capturing); return 0; }
+R cuStreamEndCapture(void *s, void **g) {
+  if (getenv("NXM_FAKE_NO_CAPTURE")) { free(capturing); capturing = 0; *g = 0; return 901; }
+  *g = capturing; capturing = 0; return *g && s ? 0 : 400;
+}
+R cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long f) { *e = malloc(sizeof(struct Graph)); memcpy(*e, g, sizeof(struct Graph)); return f ? 1 : 0; }
+R cuGraphLaunch(void *e, void *s) { struct Graph *g = e; for (int i = 0; i < g->count; i++) g->work[i](); return s && g->count ? 0 : 400; }
+R cuGraphDestroy(void *g) { free(g); return 0; }
+R cuGraphExecDestroy(void *e) { free(e); return 0; }
 R cuGetErrorString(R code, const char **s) { *s = code == 2 ? "out of memory" : "fake error"; return 0; }

@@ -227,9 +227,25 @@ def _names(engine: Any) -> list[str]:
 
 
 def _execute(self: Any, stream_handle: int) -> bool:
+    """Compute at once; or, while the stream captures, when its graph is launched, with the shapes and addresses of
+    now."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    state = (dict(self.__dict__["_addresses"]), dict(self.__dict__["_shapes"]))
+    work = _WORK(lambda: _compute(self, *state))
+    if driver.fake_captures(work):
+        self.__dict__.setdefault("_captured", []).append(work)  # as long as a graph may call it
+    else:
+        _compute(self, *state)
+    return True
+
+
+_WORK = ctypes.CFUNCTYPE(None)
+
+
+def _compute(self: Any, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
     import onnxruntime
 
-    facts, addresses = self.__dict__["_facts"], self.__dict__["_addresses"]
+    facts = self.__dict__["_facts"]
     if "_session" not in self.__dict__:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -238,17 +254,13 @@ def _execute(self: Any, stream_handle: int) -> bool:
             base64.b64decode(facts["onnx"]), options, providers=["CPUExecutionProvider"]
         )
     dtype: type[np.generic] = np.int32 if _MAJOR < 10 else np.int64
-    feeds = {
-        name: _memory(addresses[name], self.__dict__["_shapes"][name], dtype).astype(np.int64)
-        for name in facts["inputs"]
-    }
+    feeds = {name: _memory(addresses[name], shapes[name], dtype).astype(np.int64) for name in facts["inputs"]}
     for name, array in zip(facts["outputs"], self.__dict__["_session"].run(list(facts["outputs"]), feeds), strict=True):
         _memory(addresses[name], array.shape, np.float32)[...] = array
     profiler = self.__dict__.get("_set", {}).get("profiler")
     if profiler is not None:
         for layer in facts["layers"]:
             profiler.report_layer_time(layer["Name"], 0.01 if "sparse" in layer["TacticName"] else 0.02)
-    return True
 
 
 def _memory(address: int, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:

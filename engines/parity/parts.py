@@ -38,15 +38,21 @@ class Part:
     plan: CompressionPlan | None
 
     @property
-    def dtype(self) -> str:
-        """Float dtype of its graph."""
+    def graph_dtype(self) -> str:
+        """Float type of its graph, which its scales are rounded to."""
         return str(self.passport.graph.get("dtype", "float32"))
+
+    @property
+    def dtype(self) -> str:
+        """Float type that it may compute in: its graph's; float16 where the builder was free to choose it, layer by
+        layer, for a float32 graph (weakly typed TensorRT)."""
+        return "float16" if self.passport.options.get("strongly_typed") is False else self.graph_dtype
 
     @property
     def key(self) -> str:
         """Engines with the same key have the same reference, and the same samples for the probes against it."""
         longest = longest_sequence(self.spec, self.passport.profiles)
-        return f"{self.dtype} {self.passport.graph['placement']} {longest} {self.rounding}"
+        return f"{self.dtype} {self.graph_dtype} {self.passport.graph['placement']} {longest} {self.rounding}"
 
     @property
     def rounding(self) -> float:
@@ -78,7 +84,7 @@ class Part:
         return pytorch.load(
             checkpoint,
             task=self.spec.task,
-            scale_dtype=self.dtype,
+            scale_dtype=self.graph_dtype,
             plan=self.plan,
             exact=exact,
             perturbation=perturbation,

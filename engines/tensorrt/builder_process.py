@@ -284,6 +284,13 @@ def _node_names(onnx: str) -> list[str]:
     return [f"layer {node.name or node.output[0]} ({node.op_type})" for node in model.graph.node]
 
 
+def _is_quantized(onnx: str) -> bool:
+    import onnx as onnx_
+
+    model = onnx_.load(onnx, load_external_data=False)
+    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+
+
 def _config(trt: TensorRT, network: Network, request: BuildRequest, strongly_typed: bool, report: Report) -> object:
     """Polygraphy's loader of the builder's configuration."""
     from polygraphy.backend.trt import CreateConfig
@@ -314,7 +321,8 @@ def _config(trt: TensorRT, network: Network, request: BuildRequest, strongly_typ
 
         return cast(object, CreateConfigRTX(**options, compute_capabilities=list(request.compute_capabilities)))
     if not strongly_typed:  # the flags allow what the graph's pairs ask for
-        options |= {"int8": True, "fp16": True}
+        # INT8 without a pair in the graph would ask for a calibrator: the FP16 twin has none.
+        options |= {"int8": _is_quantized(request.onnx), "fp16": True}
         libraries = ("CUBLAS", "CUBLAS_LT", "CUDNN")  # optional there, and not installed with the wheel
         options["tactic_sources"] = [
             source for name, source in trt.TacticSource.__members__.items() if name not in libraries

@@ -26,6 +26,7 @@ NEEDED = {
     "if self.losses.task == 0 or not labels:": "without any label the task's loss is 0 / 0",
     "output: TaskOutput = self._teacher[0](**inputs, output_hidden_states=deep)": "transformers makes a mask",
     "output = self.model(**batch, output_hidden_states=deep)": "transformers makes a mask",
+    "if torch.equal(error, before):": "scales are fitted, where masks are fixed: not at each step",
     "trainer.train(resume_from_checkpoint=str(resume) if resume else None)": "the Trainer, and checkpoints",
 }
 

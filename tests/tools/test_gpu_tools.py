@@ -31,7 +31,7 @@ from tests.support import tiny
 from tools import ROOT
 from tools.gpu import engine_twins, glue_rows, issue4694, training_probe
 from tools.gpu.cusparselt import __main__ as cusparselt
-from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, pack, unpack
+from tools.gpu.tensorrt86 import LIBRARIES, VERSION, pack, unpack
 from tools.gpu.tensorrt86.manifest import Manifest
 from tools.results import run, tasks
 from tools.results.store import TaskStore
@@ -442,12 +442,3 @@ def test_a_wheel_that_is_not_what_its_record_says_is_refused(tmp_path: Path) -> 
     (tmp_path / "tensorrt" / "a.so").write_bytes(b"evil")
     with pytest.raises(pack.CannotPack, match=r"tensorrt/a\.so is not what"):
         pack.verify(tmp_path)
-
-
-def test_every_mend_is_still_needed_and_makes_valid_code(tmp_path: Path) -> None:
-    tree = evidence.mended_tree(tmp_path / "tree")
-    for file, old, new in evidence.MENDS:
-        assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1, f"{file} has changed: is the mend needed?"
-        text = (tree / file).read_text(encoding="utf-8")
-        assert new in text
-        ast.parse(text)

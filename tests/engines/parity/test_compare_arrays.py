@@ -447,3 +447,15 @@ def test_the_largest_share_of_changed_decisions_is_in_percent(count: int) -> Non
         for values in (expected, actual)
     ]
     assert module._flips(outputs) == 12.5 * count
+
+
+@pytest.mark.parametrize(("strongly_typed", "rounds"), [(False, 2.0**-11), (True, 0.0), (None, 0.0)])
+def test_an_engine_whose_builder_chose_types_is_judged_as_float16_though_its_graph_is_float32(
+    strongly_typed: bool | None, rounds: float
+) -> None:
+    """Weakly typed TensorRT runs what it likes of a float32 graph in FP16; the graph's scales stay float32."""
+    part = part_of(spec_of("classification"), lambda _: {}, lambda _: {})
+    options = {} if strongly_typed is None else {"strongly_typed": strongly_typed}
+    part = replace(part, passport=replace(part.passport, options=options))
+    assert (part.rounding, part.graph_dtype) == (rounds, "float32")
+    assert part.dtype == ("float16" if rounds else "float32")

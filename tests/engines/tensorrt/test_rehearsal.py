@@ -381,6 +381,24 @@ def test_twins_are_built_timed_and_judged(driver: Path, checkpoint: Path, tmp_pa
     assert dense["sparse_share"] == 0
 
 
+def test_the_float_twin_of_a_weakly_typed_tensorrt_does_not_ask_for_integers(
+    driver: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """8.6 would want a calibrator, and fail; the fake does so, too."""
+    env = environment(driver, "8.6")
+    twins = ("--twins", "--backend", "trt", "--target", "trt8", "--profile", "4x32")
+    nxm(env, "build", checkpoint, *twins, "--out", tmp_path / "twins")
+    flags = {}
+    for twin in ("int8-dense", "int8-sparse", "fp16"):
+        written = (tmp_path / "twins" / twin / "model.engine").read_bytes()
+        flags[twin] = json.loads(written[written.index(b"{") :])["flags"]
+    assert flags == {
+        "int8-dense": ["FP16", "INT8"],
+        "int8-sparse": ["FP16", "INT8", "SPARSE_WEIGHTS"],
+        "fp16": ["FP16"],
+    }
+
+
 def test_issue_4694_and_its_fix_in_the_report(driver: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The fake chooses dense for float outputs, as TensorRT does there; the report must say why."""
     env, reports = environment(driver, "8.6"), {}

@@ -125,16 +125,17 @@ def searching(options: argparse.Namespace, work: Path) -> Rehearsal:
     from compressors.search.settings import SearchSettings
     from nxm_export.storage.json_files import to_json_object
 
-    data, dense = options.data or options.run / "data", work / "dense"
+    data, dense, training = options.data or options.run / "data", work / "dense", _settings(options)
     _write_model(options.run / "dense", dense)
+    halving = (2,) if training.trains else ()
     with _training_on(torch.device(NAME, 0)):
         result = search(
             dense,
             task="classification",
             train=str(data / "train.tsv"),
             out=work / "found",
-            settings=SearchSettings(samples=16, held_out=16, swaps=2, halving=(2,), finalists=2),
-            training=_settings(options),
+            settings=SearchSettings(samples=16, held_out=16, swaps=2, halving=halving, finalists=2),
+            training=training,
             train_limit=options.train_limit,
         )
     return Rehearsal(metrics=to_json_object(result))

@@ -3,8 +3,8 @@ missing.
 
     python3 -m tools.gpu.tensorrt86.evidence --out $OUT --budget 330
 
-Graphs are made by this Python, which has torch, in the background while the carried Python 3.10 builds engines; both
-work in a copy of the tree with what 8.6 needs (`mended_tree`). Expect the first two steps in 330 seconds.
+Graphs are made by this Python, which has torch, in the background while the carried Python 3.10 builds engines. Expect
+the first two steps in 330 seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from tools import ROOT
 from tools.gpu.tensorrt86 import PLACE, PYTHON310, SITE312
 
-PACKAGES = ("engines", "nxm_export", "compressors", "tools")
 _FIRST = "128x128+32x128+8x128+1x128"
 VARIANTS = (
     ("minilm,attention,tanh,conv1x1", "int8-sparse+int8-dense+fp16", _FIRST),
@@ -31,34 +30,6 @@ VARIANTS = (
     ("bert-large,attention,tanh,conv1x1", "int8-sparse+int8-dense", "128x384+32x384"),
     ("bert-base,inputs-outputs,tanh,conv1x1", "int8-sparse+int8-dense", "128x128"),
 )
-# (file, text of the tree, what 8.6 needs): each is here because the tree has it the other way, and a test holds that it
-# has.
-MENDS = (
-    (
-        # With the INT8 flag and a graph without Q/DQ, 8.6 stops at "Calibration failure occurred with no scaling
-        # factors": the FP16 twin must be built without it.
-        "engines/tensorrt/builder_process.py",
-        'options |= {"int8": True, "fp16": True}',
-        'options |= {"int8": b"QuantizeLinear" in Path(request.onnx).read_bytes(), "fp16": True}',
-    ),
-    (
-        # 8.6's inspector writes names of kernels with raw control characters, which strict JSON refuses.
-        "engines/tensorrt/builder_process.py",
-        "json.loads(text, parse_constant=str)",
-        "json.loads(text, parse_constant=str, strict=False)",
-    ),
-)
-
-
-def mended_tree(out: Path) -> Path:
-    """A copy of the packages with `MENDS` applied."""
-    shutil.rmtree(out, ignore_errors=True)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file, old, new in MENDS:
-        text = (out / file).read_text(encoding="utf-8")
-        (out / file).write_text(text.replace(old, new), encoding="utf-8")
-    return out
 
 
 def collect(work: Path, out: Path) -> None:
@@ -82,7 +53,6 @@ def run(options: argparse.Namespace) -> int:
     work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (work / "failed").unlink(missing_ok=True)
-    tree = mended_tree(work / "tree")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     graphs = [sys.executable, "-m", "tools.gpu.tensorrt86.graphs", str(work), *(variant for variant, _, _ in VARIANTS)]
     steps = [f"{variant.replace(',', '-')}:{twins}:{shapes}" for variant, twins, shapes in VARIANTS]
@@ -92,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
     engines += ["--budget", f"{budget:.0f}", "--level", str(options.level)]
     with (options.out / "graphs.log").open("w", encoding="utf-8") as log:
         ours = environment | {"PYTHONPATH": str(options.place / SITE312.name)}
-        making = subprocess.Popen(graphs, cwd=tree, env=ours, stdout=log, stderr=log)
+        making = subprocess.Popen(graphs, cwd=ROOT, env=ours, stdout=log, stderr=log)
         try:
-            building = subprocess.Popen(engines, cwd=tree, env=environment)
+            building = subprocess.Popen(engines, cwd=ROOT, env=environment)
             while building.poll() is None and time.monotonic() - began < options.budget - 5:
                 if making.poll():
                     (work / "failed").touch()

@@ -168,6 +168,10 @@ def _products(file: str, sparse_flag: bool) -> tuple[list[dict[str, Any]], list[
 def _build_serialized_network(self: Any, network: Any, config: Any) -> Any:
     state = config.__dict__
     log = self.__dict__["_logger"].log
+    quantized = any(node.op_type == "QuantizeLinear" for node in network.__dict__["_graph"].node)
+    if _MAJOR < 10 and int(BuilderFlag.INT8) in state["_flags"] and not quantized:
+        log(ILogger.Severity.ERROR, "Calibration failure occurred with no scaling factors detected.")
+        return None
     layers, eligible, picked = _products(network.__dict__["_onnx"], int(BuilderFlag.SPARSE_WEIGHTS) in state["_flags"])
     monitor = state.get("_set", {}).get("progress_monitor")
     if monitor is not None:
@@ -298,7 +302,8 @@ def _put(key: str, value: object) -> Callable[..., bool]:
 def _information(self: Any, format: object) -> str:
     context = self.__dict__["_set"]["execution_context"]
     assert format == LayerInformationFormat.JSON
-    return json.dumps({"Layers": context.__dict__["_facts"]["layers"]})
+    text = json.dumps({"Layers": context.__dict__["_facts"]["layers"], "Note": "a\tb"})
+    return text.replace("\\t", "\t")  # raw, as TensorRT writes control characters of names
 
 
 _BEHAVIOUR: dict[str, dict[str, Any]] = {

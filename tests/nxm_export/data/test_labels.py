@@ -22,7 +22,7 @@ from nxm_export.data.features import label_array
 from nxm_export.data.label_kinds import Classes, classes_of, labelled, load_labelled
 from nxm_export.data.label_order import require_label_order
 from nxm_export.data.metrics import metric_named
-from nxm_export.data.token_labels import NO_LABEL, joined, training_labels
+from nxm_export.data.token_labels import NO_LABEL, joined, scored_tags, training_labels
 from nxm_export.errors import DataError, Notice
 from tests.support import tiny
 
@@ -282,6 +282,19 @@ class TestErasedTokens:
             logits[0, position, next(seen)] = 1.0
         expected = seqeval_f1([[TAGS[i] for i in tags]], [[TAGS[i] for i in there]], zero_division=0)
         assert metric_named("entity_f1", TAGS)(logits, labels) == pytest.approx(expected)
+
+    def test_their_place_is_among_the_tokens_that_have_a_label(self) -> None:
+        tokens, tags = ["a", "film", "\u200b", "plot"], [NO_LABEL, 1, 2, 2]
+        with pytest.warns(Notice, match="leaves nothing of 1 of 4"):
+            (sample,) = encode(
+                erasing(), Examples([joined(tokens)], None, [tags], "x", tokens=[tokens]), 48, ("input_ids",)
+            )
+        labels = label_array([sample])
+        predicted = np.array([0, 0, 1, 2, 0])  # [CLS] a film plot [SEP]
+        assert scored_tags(predicted, labels[0], TAGS) == (
+            ["B-PER", "O", "I-PER"],
+            ["B-PER", "I-PER", "I-PER"],
+        )
 
     def test_tokens_that_are_cut_off_are_not_scored(self) -> None:
         tokens = ["a", "\u200b", "film", "\u200b", "the", "plot"]

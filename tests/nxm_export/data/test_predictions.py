@@ -60,6 +60,14 @@ def test_tags_become_entities_by_their_scheme(tags: str, expected: list[tuple[st
     assert entities(tags) == expected
 
 
+def test_a_word_without_tokens_is_outside_of_entities() -> None:
+    logits = np.full((3, 2), 0.0, np.float32)
+    logits[1:, 1] = 9.0
+    words = [Word(0, 3, 1), Word(4, 4, None), Word(4, 8, 2)]
+    found = of_tags(logits, words, "New York", ("O", "I-LOC")).entities
+    assert [(entity.start, entity.end) for entity in found] == [(0, 3), (4, 8)], "as in the score"
+
+
 def test_an_entity_has_its_place_and_the_mean_probability_of_its_words() -> None:
     logits = np.zeros((4, 2), np.float32)
     logits[1] = [0.0, math.log(3.0)]  # probability 3/4

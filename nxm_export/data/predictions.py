@@ -197,8 +197,8 @@ def of_spans(logits: Sequence[Array], windows: Sequence[Window]) -> Answer:
     score = float(np.exp(found.total - normaliser))
     if found.none:
         return Answer("", None, None, score)
-    start = window.offset + window.starts[found.first - window.first]
-    return Answer(text, start, start + len(text), score)
+    start, end = (window.offset + place for place in window.characters(found.first, found.last))
+    return Answer(text, start, end, score)
 
 
 def of_vectors(vectors: Array) -> list[Embedding]:

@@ -95,6 +95,15 @@ def test_labels_hold_above_one_half_most_probable_first() -> None:
     assert of_labels(np.array([[-1.0]], np.float32), ("a",))[0].labels == ()
 
 
+def test_an_answer_begins_and_ends_with_a_character_of_its_own() -> None:
+    # Two tokens that count the space before them, as those of DeBERTa-v3 do, and one of a space alone.
+    window = Window(1, " São Paulo  now", [0, 4, 10, 11], [4, 10, 11, 15], [], offset=5)
+    logits = np.zeros((5, 2), np.float32)
+    logits[1, 0] = logits[3, 1] = 9.0
+    answer = of_spans([logits], [window])
+    assert (answer.text, answer.start, answer.end) == ("São Paulo", 6, 15)
+
+
 def test_scores_and_vectors_are_what_the_head_gives() -> None:
     assert [score.score for score in of_scores(np.array([[0.5], [-2.0]], np.float32))] == [0.5, -2.0]
     source = np.array([[1.0, 2.0]], np.float32)

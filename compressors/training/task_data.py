@@ -87,7 +87,7 @@ def read_task_data(
 
     scored = raw_dev = None
     if request.dev is not None:
-        raw_dev = load_labelled(request.dev, "dev", columns, task, head)
+        raw_dev = load_labelled(request.dev, "dev", columns, task, head if classes is None else classes.names)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "

@@ -150,7 +150,7 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", "d.tsv:1: column 'label' is named twice"),
         (
             "d.tsv",
-            "text1\tscore1\na\t1\n",
+            "txt1\tscore1\na\t1\n",
             "none of the usual text columns (sentence1, question, question1, premise, text1, query, text",
         ),
         (

@@ -292,6 +292,8 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Se
         )
     cut_at(tokenizer, max_length)
     encodings = tokenizer.encode_batch(list(as_read(examples.texts, examples.pairs)))
+    if cut := sum(bool(encoding.overflowing) for encoding in encodings):
+        notice(f"{examples.source}: {cut} of {len(encodings)} texts are longer than {max_length} tokens, and cut there")
     labels = examples.labels if examples.tokens is None else _token_labels(examples, examples.tokens, encodings)
     made: list[Features] = [
         {**tokens_of(encoding, inputs), "labels": label} for encoding, label in zip(encodings, labels, strict=True)

@@ -119,7 +119,7 @@ def _accuracy(run: Run) -> Verdict:
         )
     rows.append(VerdictRow("difference, 95 % paired", (low.shown("signed"), " to ", high.shown("signed"))))
     if samples := dev_samples(run):
-        rows.append(VerdictRow("measured", (" on ", samples.shown("general"), " held-out samples")))
+        rows.append(VerdictRow("measured", ("on ", samples.shown("general"), " held-out samples")))
     blind = run.summary.content.one_class if run.summary else None
     if blind and (reached := run.figure("one_class", "value")):
         rows.append(VerdictRow("one class for all", (reached.shown("score"), f" ({blind.label})")))

@@ -122,7 +122,7 @@ def test_every_row_says_its_own_number() -> None:
     run = replace(made_run(entry, summary=replace(SUMMARY, chosen=chosen)), plan=plan)
     assert rows_of(run, "accuracy") == {
         "dense": "0.7500", "compressed": "0.5000", "difference, 95 % paired": "-0.5000 to +0.0000",
-        "measured": " on 64 held-out samples",
+        "measured": "on 64 held-out samples",
     }  # fmt: skip
     size = {
         "stored as tensor cores read 2:4": "80.00% saved", "stored as nxm pack does": "82.00% saved",

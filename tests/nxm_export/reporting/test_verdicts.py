@@ -67,6 +67,8 @@ def test_no_loss_is_no_praise_where_the_dense_model_is_no_better_than_one_class(
     (told,) = (verdict for verdict in verdicts(made_run(summary=summary)) if verdict.key == "accuracy")
     doubted = gain[0] is not None and gain[0] <= 0
     assert ("do not show that the dense model is better than one class" in told.note) is doubted
+    other = replace(summary, one_class=OneClass("", 0.7, gain, "one score"))
+    assert words(other)["accuracy"] == word.replace("one class", "one score")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ from nxm_export.data.predictions import (
     of_vectors,
 )
 from nxm_export.data.question_answering import answering, windows
-from nxm_export.data.texts import Text
+from nxm_export.data.texts import Text, text_read
+from nxm_export.data.token_labels import token_pieces, token_ranges
 from nxm_export.data.tokenization import Encoding, cut_at, tokenizer_failures
 from nxm_export.errors import ArtifactError, DataError, EngineError, NxmError
 
@@ -106,6 +107,8 @@ class Predictor:
         """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).
 
         Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question.
+        Where tokens have tags, a text may be the list of its tokens: they are its words then, as in training, and
+        places count the characters of the tokens with one space between them.
         `batch` texts run at once, fewer where they are long (`nxm_export.contract.token_budget`), and with the hint
         ``throughput`` several such batches, of fewer tokens, at a time. Raises `DataError`
         for input that the task does not read, with its position, and
@@ -127,8 +130,8 @@ class Predictor:
         values = self._run(features, batch)
         if self.spec.task == "token-classification":
             return [
-                of_tags(value, _words(made, str(text)), str(text), self.spec.labels)
-                for value, made, text in zip(values, encodings, rows, strict=True)
+                of_tags(value, _words(made, row), str(text_read(row)), self.spec.labels)
+                for value, made, row in zip(values, encodings, rows, strict=True)
             ]
         stacked = np.stack(values)
         if self._task.output_kind == "softmax":
@@ -151,17 +154,23 @@ class Predictor:
 
     def _require_readable(self, rows: Sequence[object]) -> None:
         """Raise `DataError` unless all rows are texts, or all are pairs, as the task reads them."""
-        reads, task = self._task.texts, self.spec.task
+        reads, task, tagged = self._task.texts, self.spec.task, self._task.label == "tags"
         for number, row in enumerate(rows):
-            pair = isinstance(row, (tuple, list))
+            split = tagged and isinstance(row, list)
+            pair = isinstance(row, (tuple, list)) and not split
             parts = list(row) if isinstance(row, (tuple, list)) else [row]
-            if not all(isinstance(part, str) for part in parts) or len(parts) != (2 if pair else 1):
-                raise DataError(f"text {number} is {row!r}; give a string, or a pair of two strings")
-            if pair and (reads == "one" or task == "token-classification"):
+            if not all(isinstance(part, str) for part in parts) or (not split and len(parts) != (2 if pair else 1)):
+                several = "the list of its tokens" if tagged else "a pair of two strings"
+                raise DataError(f"text {number} is {row!r}; give a string, or {several}")
+            if pair and tagged:
+                raise DataError(
+                    f"text {number} is a pair, and {task} reads one text at a time; give strings, or lists of tokens"
+                )
+            if pair and reads == "one":
                 raise DataError(f"text {number} is a pair, and {task} reads one text at a time; give strings")
             if not pair and reads == "two":
                 raise DataError(f"text {number} is one string, and {task} reads pairs: {_PAIR[task]}")
-            if pair != isinstance(rows[0], (tuple, list)):
+            if pair != (isinstance(rows[0], (tuple, list)) and not tagged):
                 raise DataError(f"text {number} is {'a pair' if pair else 'one string'}, unlike text 0; give one kind")
             for part in parts:
                 try:
@@ -172,7 +181,8 @@ class Predictor:
     def _tokenized(self, rows: Sequence[Text]) -> Sequence[Encoding]:
         """Tokens of every text, cut at the longest input; texts that were cut are counted."""
         longest = self._longest()
-        special = self._tokenizer.num_special_tokens_to_add(not isinstance(rows[0], str))
+        texts = [text_read(row) if self._task.label == "tags" else row for row in rows]
+        special = self._tokenizer.num_special_tokens_to_add(not isinstance(texts[0], str))
         if longest <= special:
             raise DataError(
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
@@ -181,7 +191,7 @@ class Predictor:
         with self._tokenizing():
             # A second text that is empty is none, as in training.
             encodings = self._tokenizer.encode_batch(
-                [row if isinstance(row, str) or row[1] else row[0] for row in rows]
+                [text if isinstance(text, str) else (text[0], text[1]) if text[1] else text[0] for text in texts]
             )
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
@@ -279,18 +289,22 @@ def _with_rows(feeds: Mapping[str, npt.NDArray[np.int64]], rows: int) -> dict[st
     }
 
 
-def _words(made: Encoding, text: str) -> list[Word]:
-    """The words of a text, as the tokenizer splits it: their characters, and their first tokens."""
-    words: list[Word] = []
-    latest: int | None = None
-    for token, (number, (start, end)) in enumerate(zip(made.word_ids, made.offsets, strict=True)):
-        while start < end and text[start].isspace():  # some tokenizers count the space before a word to it
-            start += 1
-        if number is None or start == end:
-            continue
-        if number == latest:
-            words[-1] = Word(words[-1].start, end, words[-1].token)
-        else:
-            words.append(Word(start, end, token))
-        latest = number
+def _words(made: Encoding, row: Text) -> list[Word]:
+    """The words of a text and their first tokens: those that it is given as, or as the tokenizer splits it."""
+    if isinstance(row, list):
+        ranges = token_ranges(row)
+        return [Word(*ranges[number], token) for number, token in token_pieces(made, row)]
+    text, words, at = str(row), list[Word](), dict[int, int]()
+    for part in (made, *made.overflowing):  # a word that is cut in two is one
+        for token, (number, (start, end)) in enumerate(zip(part.word_ids, part.offsets, strict=True)):
+            while start < end and text[start].isspace():  # some tokenizers count the space before a word to it
+                start += 1
+            if number is None or start == end:
+                continue
+            if number in at:
+                word = words[at[number]]
+                words[at[number]] = Word(min(word.start, start), max(word.end, end), word.token)
+            elif part is made:
+                at[number] = len(words)
+                words.append(Word(start, end, token))
     return words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -83,11 +83,17 @@ def read_task_data(
         examples = labelled(raw, task, classes)
     if (cut := cut_notice(source, tokenizer, task, settings.max_length)) is not None:
         notice(cut)
+    if task.label == "score" and head is not None and (behind := _score_activation(source)) is not None:
+        notice(
+            f"{source.path}: its config.json puts {behind} behind the score. Here scores are those before it, and "
+            "training fits them to the labels by squared error, which changes their scale; --steps 0 (Settings.steps "
+            "in Python) keeps it"
+        )
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     scored = raw_dev = None
     if request.dev is not None:
-        raw_dev = load_labelled(request.dev, "dev", columns, task, head)
+        raw_dev = load_labelled(request.dev, "dev", columns, task, head if classes is None else classes.names)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
@@ -117,6 +123,16 @@ def read_task_data(
     )
     _require_rows(source, data, tokenizer)
     return data
+
+
+def _score_activation(source: ModelSource) -> str | None:
+    """What sentence-transformers computes of a cross-encoder's score, by what the model's configuration says in its new
+    or its old form; None where it says nothing, or that nothing is."""
+    own = source.config.get("sentence_transformers")
+    named = own.get("activation_fn") if isinstance(own, Mapping) else None
+    named = named or source.config.get("sbert_ce_default_activation_function")
+    name = named.rpartition(".")[2] if isinstance(named, str) else ""
+    return None if name in ("", "Identity") else name
 
 
 def _without_label(sample: Features, like: Label) -> Features:

@@ -56,7 +56,7 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     from engines.predictor import Predictor, hint_for
     from nxm_export.contract.io_spec import load_spec
     from nxm_export.contract.tasks import TASKS
-    from nxm_export.data.texts import read_texts
+    from nxm_export.data.texts import read_texts, text_read
 
     task = TASKS[load_spec(engine).task]
     if bool(texts) == bool(data):
@@ -78,7 +78,7 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     ) as predictor:
         results = predictor.predict(rows, batch=batch)
         shortened = predictor.shortened
-    answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
+    answers = [{"input": text_read(row), **result.to_dict()} for row, result in zip(rows, results, strict=True)]
     show_result(lambda: answers, json, lambda: _print(rows, results))
     if not json:
         print_next(f"nxm serve {quoted(engine)} --text")
@@ -99,7 +99,9 @@ def _rows(texts: Sequence[str], pairs: bool, task: Task) -> list[Text]:
 
 def _print(rows: Sequence[Text], results: Sequence[AnyPrediction]) -> None:
     """One line for every text: the answer, how sure it is, and the text."""
-    for row, result in zip(rows, results, strict=True):
+    from nxm_export.data.texts import text_read
+
+    for row, result in zip(map(text_read, rows), results, strict=True):
         shown = row if isinstance(row, str) else " | ".join(row)
         click.echo(f"{line_of(result)}\t{' '.join(shown.split())}")
 

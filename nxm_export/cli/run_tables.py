@@ -183,11 +183,11 @@ def _verdict(summary: RunSummary) -> list[str]:
 
 
 def _dense_not_shown(summary: RunSummary) -> list[str]:
-    """That no difference to the dense model says little, where that is not shown to know more than one class."""
+    """That no difference to the dense model says little, where that is not shown to know more than one answer."""
     blind = summary.one_class
     if blind is None or blind.dense_is_better is not False:
         return []
-    return [f"But dense is not shown to beat one class for all ({score_text(blind.value)})."]
+    return [f"But dense is not shown to beat {blind.what} for all ({score_text(blind.value)})."]
 
 
 def _mixed_versions(summary: RunSummary) -> list[str]:
@@ -287,8 +287,9 @@ def _print_quality(summary: RunSummary) -> None:
     ]
     if blind := summary.one_class:
         low, high = blind.dense_gain
-        above = "" if low is None or high is None else f"; dense {low:+.4f} to {high:+.4f} from it (paired 95 %)"
-        rows.append(("no model: one class for all", score_text(blind.value), f"{blind.label!r}{above}"))
+        above = "" if low is None or high is None else f"dense {low:+.4f} to {high:+.4f} from it (paired 95 %)"
+        note = "; ".join(filter(None, (repr(blind.label) if blind.label else "", above)))
+        rows.append((f"no model: {blind.what} for all", score_text(blind.value), note))
     if alike := summary.cosine_to_dense:
         rows.append(("its cosine to the dense embeddings", f"{alike.mean:.4f}", f"the least {alike.least:.4f}"))
     click.echo(f"{summary.metric} on {summary.dev_samples} held-out samples")

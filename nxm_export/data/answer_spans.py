@@ -55,7 +55,15 @@ class Window:
 
     def answer(self, start: int, end: int) -> str:
         """The text of a span of positions."""
-        return self.text[self.starts[start - self.first] : self.ends[end - self.first]]
+        return self.text[slice(*self.characters(start, end))]
+
+    def characters(self, start: int, end: int) -> tuple[int, int]:
+        """Where a span of positions begins and ends in `text`, without white space around it: some tokenizers count the
+        space before a word to it."""
+        low, high = self.starts[start - self.first], self.ends[end - self.first]
+        inner = self.text[low:high].strip()
+        begin = self.text.find(inner, low)
+        return (begin, begin + len(inner)) if inner else (low, high)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,15 @@ def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str
         if first in names and (second is None or second in names):
             require_distinct((first, asked.pair), path)
             return first, asked.pair or second
-    usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
+    seconds = {first: [second for same, second in TEXT_COLUMNS if same == first] for first, _ in TEXT_COLUMNS}
+    if alone := next((first for first in seconds if first in names), None):
+        raise DataError(
+            f"{path}: column {alone!r} goes with {' or '.join(map(str, seconds[alone]))}, and there is none among "
+            f"{', '.join(names)}; name the text with --text-column, and a second one, a text a row, with --pair-column"
+        )
+    if len(names) == 1 and any(mark in names[0] for mark in ",;\t"):
+        raise DataError(f"{path}: one column, {names[0]!r}; .csv has commas between columns, and .tsv tabs")
+    usual_names = ", ".join(seconds)
     raise DataError(
         f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text-column"
     )

@@ -31,7 +31,7 @@ from nxm_export.data.features import Features, Label, members, tokens_of
 from nxm_export.data.readers import FORMATS, no_file, read_rows, read_table
 from nxm_export.data.token_labels import erased_tokens, joined, piece_labels
 from nxm_export.data.tokenization import Encoding, Tokenizer, cut_at
-from nxm_export.errors import DataError, notice
+from nxm_export.errors import DataError, notice, some
 
 Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
 # A label as the file has it: text, several texts, or answers (text and where it begins); None where the file has none.
@@ -172,13 +172,29 @@ def load_raw(
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
     first, second = text_columns(columns, names, path)
     labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
-    third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label-column") if labelled else None
+    third_ = None
+    if labelled:
+        flag = f"--label-column{_columns_of_classes(rows, names)}"
+        third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", flag)
     require_distinct((first, second, third_), path)
     texts = [text_of(row, first, place) for place, row in rows]
     pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
     labels = [read_label(row, third_, place) if third_ else None for place, row in rows]
     # GLUE's single-sentence files as some mirrors write them have an empty second column.
     return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, places, str(path))
+
+
+def _columns_of_classes(rows: Sequence[tuple[str, DataRow]], names: Sequence[str]) -> str:
+    """What to do with a column of 0 and 1 for every class, for an error; empty where there are not several."""
+    flags = [
+        name for name in names if all(str(row.get(name)).strip() in ("0", "1", "True", "False") for _, row in rows)
+    ]
+    if len(flags) < 2:
+        return ""
+    return (
+        f"; {some(flags)} look like a column for every class: for --task multi-label, write the names of those that "
+        "hold into one column, with ; between them"
+    )
 
 
 def column_names(rows: Sequence[tuple[str, DataRow]]) -> list[str]:
@@ -200,6 +216,11 @@ def class_names(train: RawExamples) -> list[str]:
         raise DataError(
             f"{train.source}: {len(names)} different labels in {len(train.labels)} rows; is this a regression (--task "
             "regression)?"
+        )
+    if fractions:
+        notice(
+            f"{train.source}: labels are numbers such as {next(n for n in names if not is_integer(n))}, and each of "
+            f"{len(names)} is taken for a class of its own; scores are for --task regression"
         )
     return names
 
@@ -223,9 +244,10 @@ def with_classes(raw: RawExamples, index: Mapping[str, int]) -> Examples:
 
 def unknown_label(label: str, place: str, index: Mapping[str, int]) -> DataError:
     """The error for a label that is no class of the model."""
+    scores = real_number(label) is not None and not is_integer(label)
     return DataError(
         f"{place}: label {label!r} is none of the model's classes {list(index)[:10]}; fix the row, say which class it "
-        "stands for with --label-map, or retrain with these labels"
+        f"stands for with --label-map, or retrain with these labels{'; scores are for --task regression' * scores}"
     )
 
 
@@ -270,6 +292,8 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Se
         )
     cut_at(tokenizer, max_length)
     encodings = tokenizer.encode_batch(list(as_read(examples.texts, examples.pairs)))
+    if cut := sum(bool(encoding.overflowing) for encoding in encodings):
+        notice(f"{examples.source}: {cut} of {len(encodings)} texts are longer than {max_length} tokens, and cut there")
     labels = examples.labels if examples.tokens is None else _token_labels(examples, examples.tokens, encodings)
     made: list[Features] = [
         {**tokens_of(encoding, inputs), "labels": label} for encoding, label in zip(encodings, labels, strict=True)

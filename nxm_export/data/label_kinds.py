@@ -58,6 +58,7 @@ class LabelKind:
 
     `names` gives the class names of a training file, `apply` the examples for the index of every name. `per_token`
     labels have one tag for every token of a pre-split text, which stands in the column that is otherwise the text.
+    `several` classes may be one text in the file.
     `pairs` need a second text; where the model reads the two `separate`, each is an example of its own, and training
     data needs neither pair nor label. `load` reads a file in which labels are more than a cell each.
     """
@@ -66,6 +67,7 @@ class LabelKind:
     names: Callable[[RawExamples], list[str]] | None
     apply: Callable[[RawExamples, Mapping[str, int]], Examples]
     per_token: bool = False
+    several: bool = False
     pairs: bool = False
     separate: bool = False
     load: Callable[[str, Columns], RawExamples] | None = None
@@ -97,13 +99,15 @@ def load_labelled(
         return kind.load(source, columns)
     if kind.pairs:
         plain = kind.separate and split == "train"
-        return _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=plain), task, plain)
+        raw = _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=True), task, plain)
+        return raw if plain or has_labels(raw) else load_raw(source, split, columns, label=kind.cell)
     if not kind.per_token:
         raw = load_raw(source, split, columns, label=kind.cell)
         if not any(text.strip() for text in (*raw.texts, *(raw.pairs or ()))):
             raise DataError(f"{raw.source}: every text is empty; name the column that has them with --text-column")
         if kind.names is None:
             return raw
+        raw = _separated(raw, head or ()) if kind.several else raw
         mapped = _mapped(_without_hot_rows(raw), columns.label_map)
         return _without_unlabelled(mapped, {*columns.label_map.values(), *_as_labels(head or ())})
     if columns.pair is not None:
@@ -270,22 +274,49 @@ def _texts(label: RawLabel) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else cast("tuple[str, ...]", label)
 
 
-def _several(row: DataRow, column: str, place: str) -> tuple[str, ...]:
-    """Class names of one example: a JSON list, or text with ``;`` or ``,`` between them; none at all is an answer,
-    too."""
+def _several(row: DataRow, column: str, place: str) -> str | tuple[str, ...]:
+    """Class names of one example: a JSON list, none at all is an answer, too; or text with several names, as it is: the
+    whole file says what separates them (`_separated`)."""
     value = value_of(row, column, place)
     if isinstance(value, str) and value.strip().startswith("["):
         value = parse_json(value, f"{place}: labels {value!r:.80}", "fix the row", DataError, foreign=True)
-    parts: list[object]
     if isinstance(value, str):
-        parts = [*value.split(";" if ";" in value else ",")] if value.strip() else []
-    elif isinstance(value, (list, tuple)):
+        return text_of(row, column, place)
+    parts: list[object]
+    if isinstance(value, (list, tuple)):
         parts = list(value)
     elif isinstance(value, int):
         parts = [value]
     else:
         raise DataError(f"{place}: labels {value!r} are neither names nor a list of names")
     return tuple(label_text({column: int(part) if isinstance(part, bool) else part}, column, place) for part in parts)
+
+
+def _separated(raw: RawExamples, head: Sequence[str]) -> RawExamples:
+    """The examples with texts of several class names split: at ``;`` where the file has one or a name of the `head`
+    has a comma, else at commas. Raises `DataError` where something else seems to stand between names."""
+    cells = [label for label in raw.labels if isinstance(label, str)]
+    names_have_commas = any("," in name and name.strip() in map(str.strip, cells) for name in head)
+    mark = ";" if names_have_commas or any(";" in cell for cell in cells) else ","
+
+    def split(label: RawLabel, place: str) -> RawLabel:
+        if not isinstance(label, str):
+            return label
+        parts = label.split(mark) if label.strip() else []
+        return tuple(label_text({"label": part}, "label", place) for part in parts)
+
+    separated = replace(raw, labels=[split(label, place) for label, place in zip(raw.labels, raw.places, strict=True)])
+    others = () if mark == ";" else ("|",) if any("," in cell for cell in cells) else ("|", " ")
+    names = {*head, *_used(separated)}
+    for cell, place in zip(raw.labels, raw.places, strict=True):
+        for other in others if isinstance(cell, str) and cell.strip() not in head else ():
+            parts = {part.strip() for part in str(cell).split(other)} - {""}
+            if len(parts) > 1 and (other == "|" or parts <= names):
+                raise DataError(
+                    f"{place}: label {cell!r:.80} reads like several labels with {other!r} between them; put ; between "
+                    "labels, or write them as a JSON list"
+                )
+    return separated
 
 
 def _several_names(train: RawExamples) -> list[str]:
@@ -383,7 +414,7 @@ def _with_answers(raw: RawExamples, _: Mapping[str, int]) -> Examples:
 LABELS: dict[str, LabelKind] = {
     "class": LabelKind(label_text, class_names, with_classes),
     "score": LabelKind(label_text, None, lambda raw, _: with_scores(raw)),
-    "classes": LabelKind(_several, _several_names, _with_several),
+    "classes": LabelKind(_several, _several_names, _with_several, several=True),
     "tags": LabelKind(_tags, _tag_names, _with_tags, per_token=True),
     "pair-score": LabelKind(label_text, None, _with_pair_score, pairs=True, separate=True),
     "relevance": LabelKind(label_text, None, _with_relevance, pairs=True),

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from nxm_export.contract.tasks import Task
+from nxm_export.data.answer_spans import NO_ANSWER, Window
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.data.features import members
 from nxm_export.data.question_answering import answer_scores
@@ -298,6 +299,47 @@ def one_class(name: str, labels: np.ndarray, classes: int) -> np.ndarray:
     metric = metric_named(name)
     constant = [np.broadcast_to(row, (len(labels), classes)) for row in np.eye(classes)]
     return max(constant, key=lambda outputs: metric(outputs, labels))
+
+
+@dataclass(frozen=True, eq=False)
+class BlindAnswer:
+    """The outputs of a model that reads nothing: the same for every sample. `what` says what, such as ``one class``,
+    and `label` which; it is empty where the metric is the same for all."""
+
+    what: str
+    label: str
+    outputs: np.ndarray
+
+
+def blind_answer(
+    task: Task, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: Groups = None
+) -> BlindAnswer | None:
+    """The same answer for every sample, of all such the one with the highest metric: what a model that reads nothing
+    can reach. It is shaped like the `outputs` of a model, as `scored_outputs` gives them. None for questions that all
+    have an answer, of which none is the same for all."""
+    if task.label == "answers":
+        if not Window.unpack(labels[0]).nullable:
+            return None
+        empty = np.zeros(outputs.shape)
+        empty[:, NO_ANSWER] = 2.0**20  # more than any threshold
+        return BlindAnswer("an empty answer", "", empty)
+    if task.label in ("score", "relevance", "pair-score"):
+        return BlindAnswer("one vector" if task.label == "pair-score" else "one score", "", np.ones(outputs.shape))
+    if task.label == "class":
+        made = one_class(task.metric, labels, outputs.shape[-1])
+        return BlindAnswer("one class", classes[int(made[0].argmax())], made)
+    metric, count = metric_named(task.metric, classes, groups), outputs.shape[-1]
+    if task.label == "tags":
+        rows, what = [np.eye(count)[i] for i in range(count)], "one tag"
+    else:  # of so many labels, no others have more that are right than those that occur most often
+        often = np.argsort(-(labels > 0).sum(axis=0), kind="stable")
+        rows, what = (
+            [np.where(np.isin(np.arange(count), often[: i + 1]), 1.0, -1.0) for i in range(count)],
+            "one answer",
+        )
+    best = max(rows, key=lambda row: metric(np.broadcast_to(row, outputs.shape), labels))
+    label = ", ".join(name for name, logit in zip(classes, best, strict=True) if logit > 0)
+    return BlindAnswer(what, label, np.broadcast_to(best, outputs.shape))
 
 
 def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (), source: str = "the data") -> None:

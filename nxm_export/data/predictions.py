@@ -125,11 +125,12 @@ AnyPrediction = Prediction | LabelSet | Score | TaggedText | Answer | Embedding
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a text: its characters `start` to `end`, and the position of its first token."""
+    """A word of a text: its characters `start` to `end`, and the position of its first token; None for a word of which
+    the tokenizer leaves nothing."""
 
     start: int
     end: int
-    token: int
+    token: int | None
 
 
 def of_classes(logits: Array, labels: Sequence[str]) -> list[Prediction]:
@@ -154,7 +155,8 @@ def of_scores(logits: Array) -> list[Score]:
 
 
 def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[str]) -> TaggedText:
-    """The entities of one text, from its tokens' logits (sequence, tags): a word has the tag of its first token.
+    """The entities of one text, from its tokens' logits (sequence, tags): a word has the tag of its first token, and
+    one without tokens is outside of entities.
 
     Tags are those of the IOB schemes. ``B-`` and ``S-`` begin an entity; ``I-`` and ``E-`` go on with one of the same
     name, and begin one where there is none; ``E-`` and ``S-`` end it. BILOU's ``L-`` and ``U-`` mean ``E-`` and ``S-``.
@@ -163,6 +165,9 @@ def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[st
     groups: list[tuple[str, list[Word], list[float]]] = []
     open_ = False
     for word in words:
+        if word.token is None:
+            open_ = False
+            continue
         row = probabilities[word.token]
         at = int(row.argmax())
         tag = bioes(labels[at])
@@ -192,8 +197,8 @@ def of_spans(logits: Sequence[Array], windows: Sequence[Window]) -> Answer:
     score = float(np.exp(found.total - normaliser))
     if found.none:
         return Answer("", None, None, score)
-    start = window.offset + window.starts[found.first - window.first]
-    return Answer(text, start, start + len(text), score)
+    start, end = (window.offset + place for place in window.characters(found.first, found.last))
+    return Answer(text, start, end, score)
 
 
 def of_vectors(vectors: Array) -> list[Embedding]:

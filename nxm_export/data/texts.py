@@ -19,14 +19,15 @@ from nxm_export.data.readers import FORMATS, format_of, no_file, read_rows, read
 from nxm_export.data.token_labels import joined
 from nxm_export.errors import DataError
 
-Text = str | tuple[str, str]  # a text, or a pair: (text, second text), (query, document), (question, context)
+# A text; a pair: (text, second text), (query, document), (question, context); or, for tags, a text as its tokens.
+Text = str | tuple[str, str] | list[str]
 
 
 def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
     """The texts of a data file, in its order, as a task reads them; labels that it may have are not looked at.
 
-    Columns are those of training data. A task that reads one text at a time gets the first of two columns; lists of
-    tokens are joined with spaces. Raises `DataError` with file and line.
+    Columns are those of training data. A task that reads one text at a time gets the first of two columns; one that
+    gives tags gets lists of tokens where the file has them. Raises `DataError` with file and line.
     """
     path = Path(source)
     if not path.is_file():
@@ -39,7 +40,7 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
     names = column_names(rows)
     tokens = next((name for name in TOKEN_COLUMNS if name in names), None)
     if task.label == "tags" and columns.text is None and tokens is not None:
-        return [_joined(row.get(tokens), tokens, place) for place, row in rows]
+        return [_tokens(row.get(tokens), tokens, place) for place, row in rows]
     first, second = text_columns(columns, names, path)
     if second is None or task.texts == "one" or task.label == "tags":
         return [text_of(row, first, place) for place, row in rows]
@@ -68,7 +69,12 @@ def _questions(path: Path, columns: Columns) -> list[Text]:
     return pairs
 
 
-def _joined(tokens: object, column: str, place: str) -> str:
+def _tokens(tokens: object, column: str, place: str) -> list[str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise DataError(f"{place}: column {column!r} holds {tokens!r}; tokens are a list of texts")
-    return joined(tokens)
+    return tokens
+
+
+def text_read(row: Text) -> str | tuple[str, str]:
+    """What places in an answer count characters of: the text, that of its tokens (`joined`), or the pair."""
+    return joined(row) if isinstance(row, list) else row

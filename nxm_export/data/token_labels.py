@@ -44,27 +44,44 @@ def piece_labels(encoding: Pieces, tokens: Sequence[str], labels: Sequence[int])
 
     Tokens that a truncation left over have none.
     """
-    at = list(_first_pieces(encoding, tokens))
-    pieces, seen = [NO_LABEL] * len(encoding.offsets), [token for token, _ in at]
-    for token, piece in at:
-        pieces[piece] = labels[token]
-    there, cut = set(seen), {token for rest in encoding.overflowing for token, _ in _first_pieces(rest, tokens)}
+    pieces, erased, before = [NO_LABEL] * len(encoding.offsets), list[int](), 0
+    for token, piece in token_pieces(encoding, tokens):
+        if piece is not None:
+            pieces[piece] = labels[token]
+            before += labels[token] != NO_LABEL
+        elif labels[token] != NO_LABEL:
+            erased.append(_ERASED - (before * _CLASSES + labels[token]))
+    return pieces + erased
+
+
+def token_pieces(encoding: Pieces, tokens: Sequence[str]) -> list[tuple[int, int | None]]:
+    """(token, its first piece) of all `joined` tokens, in order; None for a token without a piece.
+
+    Tokens that a truncation left over are not among them.
+    """
+    at = dict(_first_pieces(encoding, tokens))
+    seen, cut = list(at), {token for rest in encoding.overflowing for token, _ in _first_pieces(rest, tokens)}
     first, last = (seen[0] if seen else 0, seen[-1] if seen else 0) if cut else (-1, len(tokens))
-    silent = [token for token in range(len(tokens)) if token not in there | cut and first < token < last]
-    erased = [token for token in silent if labels[token] != NO_LABEL]
-    return pieces + [_ERASED - (bisect_right(seen, token) * _CLASSES + labels[token]) for token in erased]
+    read = [token for token in range(len(tokens)) if token in at or (token not in cut and first < token < last)]
+    return [(token, at.get(token)) for token in read]
+
+
+def token_ranges(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """The characters of every token in the text that `joined` makes of all; the two numbers are equal for one that is
+    nothing but white space."""
+    ranges, at = list[tuple[int, int]](), 0
+    for length in (len(token.strip()) for token in tokens):
+        ranges.append((at, at + length))
+        at += length + 1 if length else 0
+    return ranges
 
 
 def _first_pieces(encoding: Pieces, tokens: Sequence[str]) -> Iterator[tuple[int, int]]:
     """(token, its first piece) in the order of the text. Some tokenizers count the space before a token to it, so the
     first character that is no space decides."""
-    text, begins, numbers = joined(tokens), list[int](), list[int]()
-    at = 0
-    for number, token in enumerate(tokens):
-        if token.strip():
-            begins.append(at)
-            numbers.append(number)
-            at += len(token.strip()) + 1
+    text, ranges = joined(tokens), token_ranges(tokens)
+    numbers = [number for number, (start, end) in enumerate(ranges) if start < end]
+    begins = [ranges[number][0] for number in numbers]
     latest = -1
     for piece, (start, end) in enumerate(encoding.offsets):
         while start < end and text[start].isspace():

@@ -169,18 +169,18 @@ def _against_dense(
 
 
 def _one_class(spec: IOSpec, metric: str, outputs: Mapping[str, np.ndarray]) -> OneClass | None:
-    """What one class for every sample reaches, against the `outputs` of the dense model; None where a sample has not
-    one class."""
-    from nxm_export.data.metrics import metric_named, one_class, paired_interval
+    """What the same answer for every sample reaches, against the `outputs` of the dense model; None where no answer can
+    be the same."""
+    from nxm_export.data.metrics import blind_answer, metric_named, paired_interval, scored_outputs
 
-    task = TASKS[spec.task]
-    if task.label != "class":
+    task, labels, groups = TASKS[spec.task], outputs["labels"], outputs.get("groups")
+    dense = scored_outputs(task, outputs)
+    blind = blind_answer(task, dense, labels, spec.labels, groups)
+    if blind is None:
         return None
-    dense, labels = outputs[next(iter(task.outputs))], outputs["labels"]
-    blind = one_class(metric, labels, dense.shape[-1])
-    low, high = paired_interval(metric, dense, blind, labels)
-    label = spec.labels[int(blind[0].argmax())]
-    return OneClass(label, metric_named(metric)(blind, labels), (finite(low), finite(high)))
+    low, high = paired_interval(metric, dense, blind.outputs, labels, classes=spec.labels, groups=groups)
+    value = metric_named(metric, spec.labels, groups)(blind.outputs, labels)
+    return OneClass(blind.label, value, (finite(low), finite(high)), blind.what)
 
 
 def _rtx_build(directory: Path) -> RtxBuild:

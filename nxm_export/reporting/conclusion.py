@@ -108,9 +108,10 @@ def _accuracy(run: Run, verdict: Verdict) -> Clause:
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
     if low is None or high is None or low.number is None or high.number is None:
         return (f"its difference in {metric(run)} to the dense model has no interval, so nothing is said of it",)
-    if verdict.word == DENSE_NOT_SHOWN:
+    if verdict.word.startswith(DENSE_NOT_SHOWN):
         return (
-            "the dense model is not shown to be better than one class for every sample, so nothing is shown to be kept",
+            f"the dense model is not shown to be better than {verdict.word.removeprefix(DENSE_NOT_SHOWN)} for every "
+            "sample, so nothing is shown to be kept",
         )
     words = {
         BAD: f"its {metric(run)} is worse than the dense model's",

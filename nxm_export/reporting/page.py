@@ -143,10 +143,10 @@ def _accuracy(run: Run) -> PageTable:
     blind = run.summary.content.one_class if run.summary else None
     if blind and (value := run.figure("one_class", "value")):
         low, high = run.figure("one_class", "dense_gain", 0), run.figure("one_class", "dense_gain", 1)
-        note = (f"{blind.label!r}",)
+        note = (f"{blind.label!r}; " if blind.label else "",)
         if low and high:
-            note = (*note, "; dense ", low.shown("signed"), " to ", high.shown("signed"), " from it (95 %, paired)")
-        rows.append(("no model: one class for all", value.shown("score"), "-", note))
+            note = (*note, "dense ", low.shown("signed"), " to ", high.shown("signed"), " from it (95 %, paired)")
+        rows.append((f"no model: {blind.what} for all", value.shown("score"), "-", note))
     samples = dev_samples(run)
     on = f" on {samples.value} held-out samples" if samples else ""
     return PageTable(f"{metric(run)}{on}", ("model", f"#{metric(run)}", "#95 % interval", "note"), rows)

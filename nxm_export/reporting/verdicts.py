@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
 NO_DIFFERENCE = "no difference found"
-DENSE_NOT_SHOWN = "dense not shown to beat one class"
+DENSE_NOT_SHOWN = "dense not shown to beat "  # before what it is not shown to beat
 Piece = str | Shown
 COUNTED = {
     "hw": "2:4 as tensor cores store it, index and scales included",
@@ -119,24 +119,26 @@ def _accuracy(run: Run) -> Verdict:
         )
     rows.append(VerdictRow("difference, 95 % paired", (low.shown("signed"), " to ", high.shown("signed"))))
     if samples := dev_samples(run):
-        rows.append(VerdictRow("measured", (" on ", samples.shown("general"), " held-out samples")))
+        rows.append(VerdictRow("measured", ("on ", samples.shown("general"), " held-out samples")))
     blind = run.summary.content.one_class if run.summary else None
     if blind and (reached := run.figure("one_class", "value")):
-        rows.append(VerdictRow("one class for all", (reached.shown("score"), f" ({blind.label})")))
-    doubted = blind is not None and blind.dense_is_better is False
+        rows.append(
+            VerdictRow(f"{blind.what} for all", (reached.shown("score"), f" ({blind.label})" * bool(blind.label)))
+        )
+    doubted = blind.what if blind is not None and blind.dense_is_better is False else ""
     if high.number < 0:
         state, word, note = BAD, "worse than dense", "The whole interval lies below 0."
     elif low.number > 0:
         state, word, note = GOOD, "better than dense", "The whole interval lies above 0."
     elif doubted:
-        state, word = OPEN, DENSE_NOT_SHOWN
+        state, word = OPEN, DENSE_NOT_SHOWN + doubted
         note = "The interval holds 0, and nothing is shown to be kept."
     else:
         state, word = OPEN, NO_DIFFERENCE
         note = "The interval holds 0: these samples show no difference between the two models. "
         note += "That is not proof that they are equal."
     if doubted:
-        note += " These samples do not show that the dense model is better than one class for every sample."
+        note += f" These samples do not show that the dense model is better than {doubted} for every sample."
     return Verdict("accuracy", title, state, word, tuple(rows), note, lead)
 
 

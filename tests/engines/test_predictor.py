@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from engines.base import BuildOptions, LoadOptions
 from engines.ort import backend as ort
 from engines.ort.backend import build
 from engines.passport import load_passport
-from engines.predictor import Predictor
+from engines.predictor import Predictor, _words
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import encode
+from nxm_export.data.features import filled, label_array
+from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+from nxm_export.data.metrics import entity_counts
 from nxm_export.data.predictions import Answer, Embedding, LabelSet, Prediction, Score, TaggedText
-from nxm_export.data.texts import Text
+from nxm_export.data.texts import Text, read_texts
 from nxm_export.errors import ArtifactError, DataError, ServeError
 from nxm_export.graph.exporter import export
 from tests.support import exact_engine, tiny
@@ -121,6 +127,65 @@ def test_every_word_has_the_tag_of_its_first_token(made: Callable[[str], tuple[P
     assert found, "the model tags something"
 
 
+def test_words_are_the_tokens_that_a_text_is_given_as(made: Callable[[str], tuple[Path, Path]]) -> None:
+    model, engine = made("token-classification")
+    rows: list[Text] = [["the", "superb film", " ", "bad"], [*TEXTS[1].split()], [*(["very good"] * 40)], []]
+    with Predictor(engine) as predictor:
+        results = predictor.predict(rows)
+    found = 0
+    for row, result in zip(rows, results, strict=True):
+        assert isinstance(row, list)
+        assert isinstance(result, TaggedText)
+        text = " ".join(token for token in row if token.strip())
+        tags = torch_outputs(model, "token-classification", text)["logits"].argmax(axis=-1)
+        at, place, expected = 1, 0, []
+        for token in filter(str.strip, row):
+            name = tiny.CLASSES["token-classification"][tags[at]] if at < len(tags) - 1 else "O"
+            expected += [(name[2:], token, place)] if name != "O" else []
+            at, place = at + len(token.split()), place + len(token) + 1
+        assert [(entity.label, entity.text, entity.start) for entity in result.entities] == expected
+        found += sum(" " in token for _, token, _ in expected)
+    assert found, "the model tags a token of two words"
+
+
+def test_the_entities_of_a_file_are_those_that_are_scored(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    _, engine = made("token-classification")
+    names = tiny.CLASSES["token-classification"]
+    file = tmp_path / "dev.jsonl"
+    tokens = ["the very", "good", "superb film", "dark of", "a bad", "film"]
+    tags = ["O", "B-GOOD", "B-GOOD", "B-BAD", "B-BAD", "O"]
+    lines = [json.dumps({"tokens": tokens[i:] + tokens[:i], "tags": tags[i:] + tags[:i]}) for i in range(len(tokens))]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    task = TASKS["token-classification"]
+    raw = load_labelled(str(file), "dev", Columns(), task, names)
+    features = encode(tiny.tokenizer(), labelled(raw, task, classes_of(raw, task, names)), 48, tiny.inputs("bert"))
+    with Predictor(engine) as predictor:
+        results = predictor.predict(read_texts(file, Columns(), task))
+        outputs = predictor._run(features, 8)
+    labels = label_array(features)
+    scored = entity_counts(filled(outputs, 0.0), labels, names)
+    assert scored[:, 1].sum() > 0
+    meant = {token: tag[2:] for token, tag in zip(tokens, tags, strict=True) if tag != "O"}
+    for result, (right, predicted, true) in zip(results, scored, strict=True):
+        assert isinstance(result, TaggedText)
+        assert len(result.entities) == predicted
+        assert sum(meant.get(entity.text) == entity.label for entity in result.entities) == right
+        assert len(meant) == true
+
+
+def test_an_entity_has_the_whole_of_a_word_that_is_cut() -> None:
+    parts = {"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "a": 3, "##b": 4, "##c": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(parts, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    for length, expected in ((9, ["abc", "abc"]), (7, ["abc", "abc"]), (5, ["abc"]), (4, ["abc"])):
+        tokenizer.enable_truncation(length)
+        words = _words(tokenizer.encode("abc abc"), "abc abc")
+        assert ["abc abc"[word.start : word.end] for word in words] == expected
+
+
 def test_an_answer_stands_in_the_context_where_it_says(made: Callable[[str], tuple[Path, Path]]) -> None:
     _, engine = made("question-answering")
     with Predictor(engine) as predictor:
@@ -150,7 +215,8 @@ def test_a_text_that_is_cut_is_counted(made: Callable[[str], tuple[Path, Path]])
         ("classification", [("a", "b", "c")], "a pair of two strings"),
         ("classification", ["\ud800"], "half a surrogate"),
         ("embedding", [("a", "b")], "embedding reads one text"),
-        ("token-classification", [("a", "b")], "reads one text"),
+        ("token-classification", [("a", "b")], "reads one text at a time; give strings, or lists of tokens"),
+        ("token-classification", [["a", 3]], r"text 0 is \['a', 3\]; give a string, or the list of its tokens"),
         ("reranking", ["a"], r"pairs: \(query, document\)"),
         ("question-answering", ["a"], r"pairs: \(question, context\)"),
         ("question-answering", [("film " * 60, "a")], "leave no room"),
@@ -191,7 +257,7 @@ def test_predicting_needs_neither_torch_nor_transformers(made: Callable[[str], t
     code = f"""
 import sys
 from engines.passport import load_passport
-from engines.predictor import Predictor
+from engines.predictor import Predictor, _words
 with Predictor({str(made("classification")[1])!r}) as predictor:
     print(predictor.predict(["a good film"])[0])
 assert not {{"torch", "transformers"}} & set(sys.modules)

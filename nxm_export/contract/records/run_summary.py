@@ -66,12 +66,14 @@ class Likeness:
 
 @dataclass(frozen=True)
 class OneClass:
-    """What needs no model: `value` is the metric where every held-out sample gets `label`, the class by which it is
-    highest. `dense_gain` is the paired 95 % interval of the dense model's minus that, None where there is none."""
+    """What needs no model: `value` is the metric where every held-out sample gets `label`, the answer by which it is
+    highest, and `what` says of which kind that is; the label is empty where all are as good. `dense_gain` is the paired
+    95 % interval of the dense model's minus that, None where there is none."""
 
     label: str
     value: float
     dense_gain: tuple[float | None, float | None]
+    what: str = "one class"
 
     @property
     def dense_is_better(self) -> bool | None:
@@ -152,7 +154,7 @@ class RunSummary:
     chosen: ChosenEngine | None = None  # in summaries of older versions the one of ONNX Runtime
     sparse_verdicts: Mapping[str, str] = field(default_factory=dict)  # by backend: what its twins say about 2:4
     cosine_to_dense: Likeness | None = None  # of embedding models
-    one_class: OneClass | None = None  # where a sample has one class; not in summaries of older versions
+    one_class: OneClass | None = None  # not in summaries of older versions
     versions: Mapping[str, str] = field(default_factory=dict)  # of packages, that engines were compared and timed by
     other_versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -47,3 +48,29 @@ def test_the_second_text_counts(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
         read_task_data(source, request, load_tokenizer(source), Settings())
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, True),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"}, True),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, False),
+        ({"sentence_transformers": {"version": "5.0"}}, False),
+        ({}, False),
+    ],
+)
+def test_what_a_cross_encoder_computes_of_its_score_is_said(
+    tmp_path: Path, field: dict[str, object], said: bool
+) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head="regression")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **field}))
+    train, dev = tiny.write_data(tmp_path, "regression")
+    source = resolve(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_task_data(
+            source, TaskDataRequest(TASKS["regression"], str(train), str(dev)), load_tokenizer(source), Settings()
+        )
+    assert any("puts Sigmoid behind the score" in str(entry.message) for entry in caught) == said

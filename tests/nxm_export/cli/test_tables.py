@@ -248,6 +248,10 @@ def test_a_run_begins_with_its_verdict_and_ends_with_what_to_type(
     printed = " ".join(printed.split())
     assert "But dense is not shown to beat one class for all (0.7000)." in printed
     assert "no model: one class for all 0.7000 'very good'" in printed
+    print_summary(replace(SUMMARY, one_class=OneClass("", 0.7, (-0.01, 0.1), "one score")))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not shown to beat one score for all (0.7000)." in printed
+    assert "no model: one score for all 0.7000 dense -0.0100 to +0.1000 from it" in printed
     print_summary(replace(SUMMARY, one_class=OneClass("very good", 0.7, (0.01, 0.1))))
     assert "not shown" not in capsys.readouterr().out
     print_summary(replace(SUMMARY, parity={}, failed={}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nxm_export.data.examples import Examples, class_names, encode, load_raw, wi
 from nxm_export.data.features import pad, sorted_batches
 from nxm_export.data.label_kinds import load_labelled
 from nxm_export.data.tokenization import load_tokenizer
-from nxm_export.errors import ArtifactError, DataError
+from nxm_export.errors import ArtifactError, DataError, Notice
 from tests.support import tiny
 
 ROWS = [("a good film", "it said so", "1"), ('the "plot" is dull', "two words", "0"), ("fine, new", "ünï → 字", "1")]
@@ -150,7 +151,7 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", "d.tsv:1: column 'label' is named twice"),
         (
             "d.tsv",
-            "text1\tscore1\na\t1\n",
+            "txt1\tscore1\na\t1\n",
             "none of the usual text columns (sentence1, question, question1, premise, text1, query, text",
         ),
         (
@@ -399,3 +400,12 @@ def test_numbers_among_tokens_and_tags_are_written_as_labels_are(tmp_path: Path)
 
 def test_a_label_with_more_digits_than_a_number_has_is_a_name(tmp_path: Path) -> None:
     assert class_names(labels(tmp_path, "9" * 5000, "2", "1")) == ["1", "2", "9" * 5000]
+
+
+def test_texts_that_are_cut_are_said() -> None:
+    examples = Examples(["a film", "the film of two good actor"], None, [0, 1], "dev.tsv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        encode(tiny.tokenizer(), examples, 8, ("input_ids",))
+    with pytest.warns(Notice, match=r"^dev\.tsv: 1 of 2 texts are longer than 7 tokens, and cut there$"):
+        encode(tiny.tokenizer(), examples, 7, ("input_ids",))

@@ -22,7 +22,7 @@ from nxm_export.data.features import label_array
 from nxm_export.data.label_kinds import Classes, classes_of, labelled, load_labelled
 from nxm_export.data.label_order import require_label_order
 from nxm_export.data.metrics import metric_named
-from nxm_export.data.token_labels import NO_LABEL, joined, training_labels
+from nxm_export.data.token_labels import NO_LABEL, joined, scored_tags, training_labels
 from nxm_export.errors import DataError, Notice
 from tests.support import tiny
 
@@ -192,6 +192,41 @@ class TestNoLabel:
         assert labelled(raw, TASKS["regression"], None).labels == [-1.0, 0.5]
 
 
+class TestScores:
+    def test_fractions_that_are_classes_are_said(self, tmp_path: Path) -> None:
+        file = write(tmp_path, texts("0.5", 1, "2.50", "0.5"))
+        with pytest.warns(
+            Notice, match="labels are numbers such as 0.5, and each of 3 is taken for a class of its own"
+        ):
+            assert read(file, "classification")[0].labels == [1, 0, 2, 1]
+        with pytest.raises(DataError, match=r"label '0.5' is none .* these labels; scores are for --task regression"):
+            read(file, "classification", ("0", "1"))
+
+
+class TestPairs:
+    def test_single_texts_are_said_before_missing_scores(self, tmp_path: Path) -> None:
+        single, unscored = (tmp_path / "a.txt", write(tmp_path, [{"sentence1": "a", "sentence2": "b"}]))
+        single.write_text("a film\n", encoding="utf-8")
+        with pytest.raises(DataError, match="task embedding is scored on pairs of texts, and there is one text a row"):
+            load_labelled(str(single), "dev", Columns(), TASKS["embedding"])
+        with pytest.raises(DataError, match="none of the usual label columns"):
+            load_labelled(unscored, "dev", Columns(), TASKS["embedding"])
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            (
+                {"query": "a", "positives": ["b"], "negatives": []},
+                "column 'query' goes with document or passage, and",
+            ),
+            ({"text;label": "a;1"}, r"one column, 'text;label'; .csv has commas between columns, and .tsv tabs"),
+        ],
+    )
+    def test_columns_that_are_no_pair_are_named(self, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=message):
+            load_labelled(write(tmp_path, [row]), "dev", Columns(), TASKS["reranking"])
+
+
 class TestSeveral:
     @pytest.mark.parametrize("rows", [([1, 0, 1], [0, 0, 0], [1, 1, 0]), ("[1, 0, 1]", "[0,0,0]", "1,1,0")])
     def test_rows_of_zeros_and_ones_say_which_classes_hold(self, tmp_path: Path, rows: tuple[Any, ...]) -> None:
@@ -203,6 +238,41 @@ class TestSeveral:
             assert read(file, "multi-label", ("x", "y", "z"))[0].labels == expected
         with pytest.raises(DataError, match="rows of 3 times 0 or 1, and the model has 2 classes"):
             read(file, "multi-label", ("x", "y"))
+
+    def test_one_semicolon_says_for_all_rows_that_commas_belong_to_names(self, tmp_path: Path) -> None:
+        file = write(tmp_path, texts("sad, cold;good", "sad, cold", " good ", "", key="labels"))
+        examples, classes = read(file, "multi-label")
+        assert classes.names == ("good", "sad, cold")
+        assert examples.labels == [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+        alone = write(tmp_path, texts("sad, cold", "good", key="labels"), "dev.jsonl")
+        assert read(alone, "multi-label", classes.names)[0].labels == [[0.0, 1.0], [1.0, 0.0]], "a name of the head"
+        assert read(alone, "multi-label")[1].names == ("cold", "good", "sad")
+
+    @pytest.mark.parametrize(
+        ("cells", "message"),
+        [
+            (("good", "good|cold"), r"'good\|cold' reads like several labels with '\|' between them; put ; between"),
+            (("good", "cold, sad|good"), r"'cold, sad\|good' reads like several labels with '\|' between them"),
+            (("good", "cold good", "cold"), "'cold good' reads like several labels with ' ' between them"),
+        ],
+    )
+    def test_other_marks_between_names_are_refused(self, cells: tuple[str, ...], message: str, tmp_path: Path) -> None:
+        """They would be classes of their own: one for every combination."""
+        file = write(tmp_path, texts(*cells, key="labels"))
+        with pytest.raises(DataError, match=f":2: label {message}"):
+            read(file, "multi-label")
+        lists = write(tmp_path, texts(*([cell] for cell in cells), key="labels"), "lists.jsonl")
+        assert read(lists, "multi-label")[1].names == tuple(sorted(cells)), "a list leaves no doubt"
+        assert read(file, "multi-label", sorted(cells))[1].names == tuple(sorted(cells)), "nor does a head"
+        other = write(tmp_path, texts(*cells, "good;cold", key="labels"), "other.jsonl")
+        assert set(cells) <= set(read(other, "multi-label")[1].names), "nor does a mark that is one"
+
+    def test_a_column_for_every_class_is_refused_with_what_to_do(self, tmp_path: Path) -> None:
+        file = write(
+            tmp_path, [{"text": "a", "good": 1, "cold": 0, "id": 7}, {"text": "b", "good": 0, "cold": 0, "id": 8}]
+        )
+        with pytest.raises(DataError, match="cold, good look like a column for every class: for --task multi-label"):
+            read(file, "multi-label")
 
     def test_lists_of_class_numbers_are_still_names(self, tmp_path: Path) -> None:
         file = write(tmp_path, texts([0, 1], [1], [0, 2], key="labels"))
@@ -282,6 +352,19 @@ class TestErasedTokens:
             logits[0, position, next(seen)] = 1.0
         expected = seqeval_f1([[TAGS[i] for i in tags]], [[TAGS[i] for i in there]], zero_division=0)
         assert metric_named("entity_f1", TAGS)(logits, labels) == pytest.approx(expected)
+
+    def test_their_place_is_among_the_tokens_that_have_a_label(self) -> None:
+        tokens, tags = ["a", "film", "\u200b", "plot"], [NO_LABEL, 1, 2, 2]
+        with pytest.warns(Notice, match="leaves nothing of 1 of 4"):
+            (sample,) = encode(
+                erasing(), Examples([joined(tokens)], None, [tags], "x", tokens=[tokens]), 48, ("input_ids",)
+            )
+        labels = label_array([sample])
+        predicted = np.array([0, 0, 1, 2, 0])  # [CLS] a film plot [SEP]
+        assert scored_tags(predicted, labels[0], TAGS) == (
+            ["B-PER", "O", "I-PER"],
+            ["B-PER", "I-PER", "I-PER"],
+        )
 
     def test_tokens_that_are_cut_off_are_not_scored(self) -> None:
         tokens = ["a", "\u200b", "film", "\u200b", "the", "plot"]

@@ -60,6 +60,14 @@ def test_tags_become_entities_by_their_scheme(tags: str, expected: list[tuple[st
     assert entities(tags) == expected
 
 
+def test_a_word_without_tokens_is_outside_of_entities() -> None:
+    logits = np.full((3, 2), 0.0, np.float32)
+    logits[1:, 1] = 9.0
+    words = [Word(0, 3, 1), Word(4, 4, None), Word(4, 8, 2)]
+    found = of_tags(logits, words, "New York", ("O", "I-LOC")).entities
+    assert [(entity.start, entity.end) for entity in found] == [(0, 3), (4, 8)], "as in the score"
+
+
 def test_an_entity_has_its_place_and_the_mean_probability_of_its_words() -> None:
     logits = np.zeros((4, 2), np.float32)
     logits[1] = [0.0, math.log(3.0)]  # probability 3/4
@@ -85,6 +93,15 @@ def test_labels_hold_above_one_half_most_probable_first() -> None:
     assert result.labels[0].score == pytest.approx(1 / (1 + math.exp(-2)))
     assert isinstance(result.labels[0], Prediction)
     assert of_labels(np.array([[-1.0]], np.float32), ("a",))[0].labels == ()
+
+
+def test_an_answer_begins_and_ends_with_a_character_of_its_own() -> None:
+    # Two tokens that count the space before them, as those of DeBERTa-v3 do, and one of a space alone.
+    window = Window(1, " São Paulo  now", [0, 4, 10, 11], [4, 10, 11, 15], [], offset=5)
+    logits = np.zeros((5, 2), np.float32)
+    logits[1, 0] = logits[3, 1] = 9.0
+    answer = of_spans([logits], [window])
+    assert (answer.text, answer.start, answer.end) == ("São Paulo", 6, 15)
 
 
 def test_scores_and_vectors_are_what_the_head_gives() -> None:

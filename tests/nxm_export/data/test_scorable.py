@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.answer_spans import Window
 from nxm_export.data.columns import Columns
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
-from nxm_export.data.metrics import metric_named, one_class, require_scorable
+from nxm_export.data.metrics import blind_answer, metric_named, one_class, require_scorable
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import DataError
 from tests.support import tiny
@@ -137,3 +138,47 @@ def test_one_class_for_all_is_the_one_that_the_metric_likes_best(
     assert outputs.shape == (6, max(labels) + 1)
     assert set(outputs.argmax(axis=-1)) == {label}
     assert metric_named(name)(outputs, np.array(labels)) == pytest.approx(value)
+
+
+def test_the_same_answer_for_all_is_scored_in_every_task() -> None:
+    """Against all answers of the kind, where they can be listed."""
+    rng = np.random.default_rng(0)
+    sets = (rng.random((12, 3)) < (0.2, 0.5, 0.7)).astype(float)
+    made = blind_answer(TASKS["multi-label"], np.zeros((12, 3)), sets, ("a", "b", "c"))
+    assert made is not None
+    micro = metric_named("micro_f1")
+    every = [np.tile([1.0 if pick >> i & 1 else -1.0 for i in range(3)], (12, 1)) for pick in range(8)]
+    assert micro(made.outputs, sets) == max(micro(outputs, sets) for outputs in every) > 0.5
+    assert made.label == ", ".join(name for name, logit in zip("abc", made.outputs[0], strict=True) if logit > 0)
+
+    tags, names = np.array([[-100, 1, 1, 0], [-100, 0, 1, -100]]), ("O", "B-X")
+    made = blind_answer(TASKS["token-classification"], np.zeros((2, 4, 2)), tags, names)
+    assert made is not None
+    assert (made.what, made.label) == ("one tag", "B-X")
+    assert metric_named("entity_f1", names)(made.outputs, tags) == 2 * 3 / (5 + 3)
+
+    groups = np.array([0, 0, 1, 1])
+    for task, labels in (("regression", np.arange(4.0)), ("embedding", np.array([0.0, 0.0, 1.0, 1.0]))):
+        made = blind_answer(TASKS[task], rng.random((4, 2)), labels, (), groups)
+        assert made is not None
+        assert metric_named(TASKS[task].metric, (), groups if task == "embedding" else None)(made.outputs, labels) == 0
+    relevance = np.array([[1.0], [0.0], [0.0], [1.0]])
+    made = blind_answer(TASKS["reranking"], np.zeros((4, 1)), relevance, (), groups)
+    assert made is not None
+    shuffled = (1 + 1 / np.log2(3)) / 2  # the relevant one is first or second
+    assert metric_named("ndcg_at_10", (), groups)(made.outputs, relevance) == pytest.approx(shuffled)
+
+
+def test_no_answer_to_any_question_is_right_where_there_is_none() -> None:
+    packed = [
+        Window(1, "film b", [0, 5], [4, 6], answers, 0, True, 0.5).pack().encode() for answers in ([], ["film"], [])
+    ]
+    labels = np.zeros((3, max(map(len, packed))), np.uint8)
+    for row, label in zip(labels, packed, strict=True):
+        row[: len(label)] = np.frombuffer(label, np.uint8)
+    task, outputs = TASKS["question-answering"], np.zeros((3, 4, 2))
+    made = blind_answer(task, outputs, labels, ())
+    assert made is not None
+    assert metric_named("squad_f1")(made.outputs, labels) == pytest.approx(2 / 3)
+    answered = np.frombuffer(Window(1, "film b", [0, 5], [4, 6], ["film"]).pack().encode(), np.uint8)[None]
+    assert blind_answer(task, outputs[:1], answered, ()) is None

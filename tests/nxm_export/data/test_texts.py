@@ -9,7 +9,7 @@ import pytest
 
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.columns import Columns
-from nxm_export.data.texts import Text, read_texts
+from nxm_export.data.texts import Text, read_texts, text_read
 from nxm_export.errors import DataError
 from tests.support import tiny
 
@@ -44,9 +44,11 @@ def test_two_columns_are_pairs_for_a_task_that_may_read_them(tmp_path: Path) -> 
     assert read_texts(empty, Columns(), CLASSIFICATION) == ["a", "c"], "a second column that is empty is none"
 
 
-def test_tokens_are_joined_with_spaces(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", json.dumps({"tokens": ["Anna", "lives"]}))
-    assert read_texts(file, Columns(), TASKS["token-classification"]) == ["Anna lives"]
+def test_a_text_that_is_split_stays_so(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps({"tokens": ["Anna", " lives\u00a0here "]}))
+    (row,) = read_texts(file, Columns(), TASKS["token-classification"])
+    assert row == ["Anna", " lives\u00a0here "]
+    assert text_read(row) == "Anna lives\u00a0here", "one space between tokens"
     plain = write(tmp_path / "b.jsonl", json.dumps({"text": "Anna lives"}))
     assert read_texts(plain, Columns(), TASKS["token-classification"]) == ["Anna lives"]
 

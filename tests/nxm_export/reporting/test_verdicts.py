@@ -67,6 +67,8 @@ def test_no_loss_is_no_praise_where_the_dense_model_is_no_better_than_one_class(
     (told,) = (verdict for verdict in verdicts(made_run(summary=summary)) if verdict.key == "accuracy")
     doubted = gain[0] is not None and gain[0] <= 0
     assert ("do not show that the dense model is better than one class" in told.note) is doubted
+    other = replace(summary, one_class=OneClass("", 0.7, gain, "one score"))
+    assert words(other)["accuracy"] == word.replace("one class", "one score")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_every_row_says_its_own_number() -> None:
     run = replace(made_run(entry, summary=replace(SUMMARY, chosen=chosen)), plan=plan)
     assert rows_of(run, "accuracy") == {
         "dense": "0.7500", "compressed": "0.5000", "difference, 95 % paired": "-0.5000 to +0.0000",
-        "measured": " on 64 held-out samples",
+        "measured": "on 64 held-out samples",
     }  # fmt: skip
     size = {
         "stored as tensor cores read 2:4": "80.00% saved", "stored as nxm pack does": "82.00% saved",

@@ -207,14 +207,11 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
     wants = TASKS[spec.task].texts
     if options.pair and wants == "one":
         raise ServeError(f"{directory}: {spec.task} reads one text at a time; use --text, not --pairs")
-    if not options.pair and wants == "two":
-        both = "a question and its context" if TASKS[spec.task].output_kind == "span" else "a query and a document"
-        raise ServeError(f"{directory}: {spec.task} reads {both} at once; use --pairs")
     last = _last_step(spec, [binding.name for binding in first.tensors("outputs")])
     buckets = plan_buckets(
         spec.max_length, options.max_batch, first.profiles, max_batch_tokens=options.max_batch_tokens
     )
-    texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
+    texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: wants == "any" and not options.pair}
     configs = text_configs(model.name, first, max_batch=_rows(model, options), texts=texts, last=last)
     for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)

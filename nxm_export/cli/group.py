@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import click
 from nxm_export import __version__
 from nxm_export.cli.output import one_line
 from nxm_export.errors import Notice, NxmError
-from nxm_export.storage.atomic import FULL_ERRNOS
+from nxm_export.storage.atomic import FULL_ERRNOS, written_file
 
 # The sections of `nxm --help`, in the order in which people need the commands.
 SECTIONS = {
@@ -21,6 +22,8 @@ SECTIONS = {
     "Run": ("predict", "serve", "triton"),
     "Look": ("doctor", "show", "report", "card", "completion"),
 }
+# Of a path that the system does not let us use, which no code of ours can mend.
+_REFUSED_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG})
 _NAMES_WIDTH = 24  # of the options in a help text; what an option does gets the rest
 _CLOSING = {"--json", "--help-all", "--help"}  # the last options of every help text
 _HELP_ALL = "nxm_export.help_all"  # in the context: every option is asked for
@@ -106,11 +109,15 @@ class _Group(click.Group):
             click.echo(f"nxm: this needs {error.name}, which is not installed; {install_advice(extra)}", err=True)
             ctx.exit(1)
         except OSError as error:
-            if error.errno not in FULL_ERRNOS:
+            if error.errno not in FULL_ERRNOS and (error.errno not in _REFUSED_ERRNOS or not error.filename):
                 raise
-            click.echo(
-                f"nxm: {error.filename or 'a file'}: cannot be written ({error.strerror}); free the space", err=True
-            )
+            file = written_file(error) or "a file"
+            if error.errno in FULL_ERRNOS:
+                click.echo(f"nxm: {file}: cannot be written ({error.strerror}); free the space", err=True)
+            else:
+                click.echo(
+                    f"nxm: {file}: cannot be used ({error.strerror}); give access to it, or name another", err=True
+                )
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)

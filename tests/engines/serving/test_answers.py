@@ -34,7 +34,7 @@ from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import Answer
 from nxm_export.data.question_answering import answer_scores, windows
 from nxm_export.data.tokenization import load_tokenizer
-from nxm_export.errors import DataError, RequestRefused, ServeError
+from nxm_export.errors import DataError, RequestRefused
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, exact_engine, tiny

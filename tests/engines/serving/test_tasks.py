@@ -119,7 +119,7 @@ def test_the_wrong_number_of_texts_is_refused_as_the_metadata_says(built: Callab
             {"inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": ["a"]} for name in names]}
         ).encode()
 
-    with pytest.raises(RequestRefused, match="unexpected input 'text_pair'; the model takes text$"):
+    with pytest.raises(RequestRefused, match=r"unexpected input 'text_pair'; the model takes text$"):
         parse_infer(body("text", "text_pair"), None, one, ())
     with pytest.raises(RequestRefused, match="missing input text_pair; the model takes text, text_pair"):
         parse_infer(body("text"), None, two, ())

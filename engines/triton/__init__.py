@@ -31,7 +31,7 @@ from engines.serving.shapes import plan_buckets
 from engines.serving.text import ANSWER, LABEL, PAIR, TEXT, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, LastStep, engine_config, text_configs
-from engines.triton.deploy import deployment_files
+from engines.triton.deploy import deployment_files, object_name
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.contract.token_budget import rows_within
@@ -121,7 +121,7 @@ def export_repository(
         )
         (scratch / MANIFEST).write_text(encode(manifest, SCHEMA), encoding="utf-8")
         shutil.copyfile(_HERE / CHECK, scratch / CHECK)
-        tag = f"{served[0].name.lower()}:{file_hash(scratch / MANIFEST)[:12]}"
+        tag = f"{object_name(served[0].name)}:{file_hash(scratch / MANIFEST)[:12]}"
         for name, text in deployment_files(
             served[0].name, tag, models, options.image, text=options.text, gpu=gpu
         ).items():

@@ -26,6 +26,7 @@ from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefus
 from nxm_export.storage.unreadable import is_without_room
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_TAKEN = "stats"
 _VERSION = re.compile(r"[1-9][0-9]{0,17}\Z")
 _PUT_OFF = 10.0  # seconds
 _File = tuple[int, int, int]  # inode, time of its last change in nanoseconds, bytes
@@ -69,6 +70,11 @@ class EngineSource:
         if not _NAME.match(source.name):
             raise ServeError(
                 f"{source.name!r} cannot be a model's name (letters, digits, . _ -); write "
+                f"NAME={directory or 'ENGINE_DIR'}"
+            )
+        if source.name == _TAKEN:
+            raise ServeError(
+                f"{source.name!r} cannot be a model's name: /v2/models/{_TAKEN} is the path of all statistics; write "
                 f"NAME={directory or 'ENGINE_DIR'}"
             )
         if not _VERSION.match(source.version):

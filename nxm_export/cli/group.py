@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -92,6 +93,7 @@ class _Group(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
+        _open_closed_streams()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("default", Notice)
@@ -122,6 +124,14 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)
             ctx.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """Let a command that was started without stdout or stderr (``2>&-``) write to nowhere: Python has None in their
+    place, and the next file or connection would get their number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _show_warning(

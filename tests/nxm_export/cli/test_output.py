@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from click.testing import CliRunner
 
 from nxm_export.cli import main
 from nxm_export.cli.output import one_line, serving_of
+from tests.support import exact_engine
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,12 @@ def test_a_path_that_the_system_refuses_is_no_traceback(command: str) -> None:
     assert isinstance(done.exception, SystemExit)
     assert done.stderr.startswith(f"nxm: {name}")
     assert "(File name too long)" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_without_its_streams_does_its_work(closed: str, tmp_path: Path) -> None:
+    """As a supervisor may start it; the status says the rest."""
+    engine = exact_engine.build(tmp_path / "engine")
+    command = [sys.executable, "-m", "nxm_export", "inspect", str(engine)]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)

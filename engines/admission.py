@@ -104,6 +104,11 @@ def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
                 "those that were compared; build the engine again and run `nxm compare`, or take --parity not-failed"
             )
         return
+    if state == "failed":
+        try:
+            read_parity_report(directory / PARITY_FILE)
+        except ArtifactError as error:
+            raise ParityError(f"{error}, or let the engine answer anyway with --parity off") from error
     what = "failed" if state == "failed" else "was never checked for these files"
     raise ParityError(
         f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "

@@ -416,7 +416,11 @@ def companion_hashes(directory: Path) -> dict[str, str]:
 def load_passport(directory: str | Path) -> EnginePassport:
     """Read the passport of an engine directory; raises `ArtifactError` when there is none, or a damaged one."""
     file = Path(directory) / PASSPORT_FILE
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as error:  # of a directory that may not be read, or that is away with its machine
+        raise ArtifactError(unreadable(file, error)) from error
+    if not there:
         raise ArtifactError(
             f"{directory} has no {PASSPORT_FILE}: it is not an engine directory; make one with `nxm build`"
         )

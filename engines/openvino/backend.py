@@ -334,8 +334,10 @@ def _split(planned: list[str], models: list[list[MatrixProduct]]) -> tuple[list[
 def _require_runtime() -> None:
     try:
         import openvino  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise EngineUnavailable("OpenVINO is not installed; pip install 'nxm-export[openvino]'") from error
+    except ImportError as error:  # a library that it needs, or memory to map its own
+        raise EngineUnavailable(f"OpenVINO is installed and cannot be loaded ({error})") from error
 
 
 def settings(threads: int | None, streams: int = 1) -> dict[str, str | int | bool]:

@@ -281,8 +281,10 @@ def _is_signed_zero(node: ir.Node) -> bool:
 def _require_runtime() -> None:
     try:
         import onnxruntime  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise EngineUnavailable("ONNX Runtime is not installed; pip install 'nxm-export[ort]'") from error
+    except ImportError as error:  # a library that it needs, or memory to map its own
+        raise EngineUnavailable(f"ONNX Runtime is installed and cannot be loaded ({error})") from error
 
 
 def wants_newer_runtime(passport: EnginePassport) -> bool:

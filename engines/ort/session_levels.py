@@ -65,7 +65,7 @@ def closest_level(directory: Path, passport: EnginePassport, spec: IOSpec, *, ki
     try:
         tried = [_tried(directory, passport, spec, level) for level in (BASIC, ALL)]
     except EngineUnavailable:
-        return SessionLevel(BASIC, None, None, "ONNX Runtime is not installed here")
+        return SessionLevel(BASIC, None, None, "ONNX Runtime does not run here")
     return min(tried, key=_distance)
 
 

@@ -86,10 +86,12 @@ class TorchEngine(Closing):
         try:
             import torch
             import transformers  # noqa: F401  (asked for here, used below)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise EngineUnavailable(
                 "the PyTorch reference needs torch and transformers; pip install 'nxm-export[train]'"
             ) from error
+        except ImportError as error:  # a library that it needs, or memory to map its own
+            raise EngineUnavailable(f"torch or transformers is installed and cannot be loaded ({error})") from error
         kind, config = task_named(task), read_config(path)
         family = family_of(config, source=str(path))
         self._exact, self._shifts = exact, perturbation.one_step_shift

@@ -72,16 +72,21 @@ class LiveModels:
     async def _reload_changed(self) -> None:
         """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is
         unused."""
-        loop = asyncio.get_running_loop()
         while self._watch:
             await asyncio.sleep(self._watch)
-            for change in self._repository.changed():
-                await self._act_on(change)
-            for model in [model for model in self._repository.retired if not model.users]:
-                self._repository.retired.remove(model)
-                self.observations.pop(model)
-                self.statistics.pop(model)
-                await loop.run_in_executor(self._loading, model.close)
+            try:
+                for change in self._repository.changed():
+                    await self._act_on(change)
+                await self._close_retired()
+            except Exception as error:  # a file system has errors of its own; the watch must go on
+                log.error("looking at the directories failed; it is tried again", exc_info=error)
+
+    async def _close_retired(self) -> None:
+        for model in [model for model in self._repository.retired if not model.users]:
+            self._repository.retired.remove(model)
+            self.observations.pop(model)
+            self.statistics.pop(model)
+            await asyncio.get_running_loop().run_in_executor(self._loading, model.close)
 
     async def _act_on(self, change: Change) -> None:
         """Load a changed directory, or judge its new parity report."""
@@ -118,7 +123,10 @@ class LiveModels:
         if not isinstance(error, NxmError):
             log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
             return
-        log.error("reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}})
+        what = "reload refused" if change.trouble is None else "directory gone"
+        log.error(f"{what}; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}})
+        if change.trouble is not None:
+            return
         try:
             judged = self._repository.judging(change.key)
             _judge(old, await asyncio.get_running_loop().run_in_executor(self._loading, judged))

@@ -22,10 +22,11 @@ from engines.parity.reports import PARITY_FILE
 from engines.passport import PASSPORT_FILE, covered_spec, load_passport
 from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, buckets_of, open_model
 from engines.serving.settings import ModelOptions
-from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
+from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 from nxm_export.storage.unreadable import is_without_room
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_TAKEN = "stats"
 _VERSION = re.compile(r"[1-9][0-9]{0,17}\Z")
 _PUT_OFF = 10.0  # seconds
 _File = tuple[int, int, int]  # inode, time of its last change in nanoseconds, bytes
@@ -71,6 +72,11 @@ class EngineSource:
                 f"{source.name!r} cannot be a model's name (letters, digits, . _ -); write "
                 f"NAME={directory or 'ENGINE_DIR'}"
             )
+        if source.name == _TAKEN:
+            raise ServeError(
+                f"{source.name!r} cannot be a model's name: /v2/models/{_TAKEN} is the path of all statistics; write "
+                f"NAME={directory or 'ENGINE_DIR'}"
+            )
         if not _VERSION.match(source.version):
             raise ServeError(
                 f"{text}: version {source.version!r} is not a number from 1 as it is written in a path (7, not 07)"
@@ -91,7 +97,8 @@ class Repository:
         self._seen: dict[tuple[str, str], Signature | None] = {}
         self._former: dict[tuple[str, str], Signature | None] = {}  # what `_seen` was before the last change
         self._put_off: dict[tuple[str, str], float] = {}  # until when, on `time.monotonic`
-        self._pending: dict[tuple[str, str], Signature] = {}
+        self._pending: dict[tuple[str, str], Signature | None] = {}
+        self._gone: set[tuple[str, str]] = set()  # directories that are not whole, which was said
         self._refused: set[tuple[str, str]] = set()
         self._stopping = False
         self.opened = False  # every model is loaded
@@ -183,7 +190,8 @@ class Repository:
     def changed(self) -> list[Change]:
         """Directories that changed since they were looked at, and have held still since the last call.
 
-        A directory that is being written, or replaced at this moment, is left for the next call.
+        A directory that is being written, or replaced at this moment, is left for the next call; one that stays away
+        is trouble, once.
         """
         changes = []
         for key, source in self._sources.items():
@@ -195,13 +203,18 @@ class Repository:
                 changes.append(Change(key, reload=False, trouble=error))
                 self._put_off[key] = time.monotonic() + _PUT_OFF
                 continue
-            if now is None or now == seen:
+            if now is not None:
+                self._gone.discard(key)
+            if now == seen:
                 self._pending.pop(key, None)
-            elif self._pending.get(key) == now:
+            elif key not in self._pending or self._pending[key] != now:
+                self._pending[key] = now
+            elif now is not None:
                 anew = seen is None or now.contents != seen.contents or key in self._refused
                 changes.append(Change(key, anew))
-            else:
-                self._pending[key] = now
+            elif key not in self._gone:
+                self._gone.add(key)
+                changes.append(Change(key, reload=False, trouble=_not_whole(source.directory)))
         return changes
 
     def begin_reload(self, key: tuple[str, str]) -> Callable[[], Model]:
@@ -277,6 +290,13 @@ def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[s
                     f"{owner} and {name} both need the name {full}, a model's or that of the text frontend of one, or "
                     "of a part of it; rename one of them"
                 )
+
+
+def _not_whole(directory: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{directory} is gone or not whole ({PASSPORT_FILE}, or the engine that it names, is not there); put an engine "
+        "directory there: no server can start from this one"
+    )
 
 
 def _objection(model: Model, gate: str) -> str | None:

@@ -80,25 +80,23 @@ def serve(
 
 
 def _bind(options: ServerOptions) -> socket.socket:
-    local = options.host == "localhost"
-    with contextlib.suppress(ValueError):
-        local = ipaddress.ip_address(options.host).is_loopback
-    if not local:
-        if not options.allow_remote:
-            raise ServeError(
-                f"{options.host} is not this machine alone, and this server has no authentication; "
-                "put a proxy before it, or say --allow-remote"
-            )
-        log.warning("no authentication: everybody who reaches this address may use and load it", extra={
-            "facts": {"host": options.host}
-        })  # fmt: skip
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServeError(f"{options.host}: not an address of this machine ({error})") from error
+    except (OSError, UnicodeError) as error:
+        raise ServeError(f"--host {options.host}: no address, nor the name of one ({error})") from error
+    if not ipaddress.ip_address(address[0]).is_loopback:  # what is bound, whatever it was called
+        if not options.allow_remote:
+            listener.close()
+            raise ServeError(
+                f"--host {options.host} is not this machine alone, and this server has no authentication; "
+                "put a proxy before it, or say --allow-remote"
+            )
+        log.warning("no authentication: everybody who reaches this address may use and load it", extra={
+            "facts": {"host": options.host}
+        })  # fmt: skip
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -45,8 +45,11 @@ class TextFrontend:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What a request for text has: a text and perhaps a second one, or a question and its context."""
-        return TensorSpec(TEXT, "BYTES", (-1, 1)), TensorSpec(PAIR, "BYTES", (-1, 1), optional=not self._spans)
+        """What a request for text has: a text, where the task reads two a second one, and where it reads any number of
+        them perhaps a second one."""
+        wants = TASKS[self._spec.task].texts
+        pair = TensorSpec(PAIR, "BYTES", (-1, 1), optional=wants == "any")
+        return (TensorSpec(TEXT, "BYTES", (-1, 1)), *([] if wants == "one" else [pair]))
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -56,7 +59,8 @@ class TextFrontend:
         return (TensorSpec(LABEL, "BYTES", (-1, 1)),) if names_classes(self._spec) else ()
 
     def tokens(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The engine's feeds (rows, longest text) for BYTES tensors (rows, 1); raises `RequestRefused` (400)."""
+        """The engine's feeds (rows, longest text) for BYTES tensors (rows, 1) of `inputs`; raises `RequestRefused`
+        (400)."""
         return pad(self._features(tensors), self._spec.pad_id)
 
     def words(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -77,15 +81,6 @@ class TextFrontend:
     def _features(self, tensors: Mapping[str, np.ndarray]) -> list[Features]:
         texts = self._decode(TEXT, tensors[TEXT])
         pairs = self._decode(PAIR, tensors[PAIR]) if PAIR in tensors else None
-        wants = TASKS[self._spec.task].texts
-        if wants == "one" and pairs is not None:
-            raise RequestRefused(
-                400, f"{self._spec.task} reads one text a row; send what is in {PAIR} as rows of {TEXT}"
-            )
-        if wants == "two" and pairs is None:
-            raise RequestRefused(
-                400, f"{self._spec.task} needs {TEXT} (the query) and {PAIR} (the document) in every row"
-            )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
         tokenizer = self._free.get()

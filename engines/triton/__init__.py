@@ -31,7 +31,7 @@ from engines.serving.shapes import plan_buckets
 from engines.serving.text import ANSWER, LABEL, PAIR, TEXT, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, LastStep, engine_config, text_configs
-from engines.triton.deploy import deployment_files
+from engines.triton.deploy import deployment_files, object_name
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.contract.token_budget import rows_within
@@ -121,7 +121,7 @@ def export_repository(
         )
         (scratch / MANIFEST).write_text(encode(manifest, SCHEMA), encoding="utf-8")
         shutil.copyfile(_HERE / CHECK, scratch / CHECK)
-        tag = f"{served[0].name.lower()}:{file_hash(scratch / MANIFEST)[:12]}"
+        tag = f"{object_name(served[0].name)}:{file_hash(scratch / MANIFEST)[:12]}"
         for name, text in deployment_files(
             served[0].name, tag, models, options.image, text=options.text, gpu=gpu
         ).items():
@@ -207,14 +207,11 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
     wants = TASKS[spec.task].texts
     if options.pair and wants == "one":
         raise ServeError(f"{directory}: {spec.task} reads one text at a time; use --text, not --pairs")
-    if not options.pair and wants == "two":
-        both = "a question and its context" if TASKS[spec.task].output_kind == "span" else "a query and a document"
-        raise ServeError(f"{directory}: {spec.task} reads {both} at once; use --pairs")
     last = _last_step(spec, [binding.name for binding in first.tensors("outputs")])
     buckets = plan_buckets(
         spec.max_length, options.max_batch, first.profiles, max_batch_tokens=options.max_batch_tokens
     )
-    texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
+    texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: wants == "any" and not options.pair}
     configs = text_configs(model.name, first, max_batch=_rows(model, options), texts=texts, last=last)
     for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+_NAME_LENGTH = 40
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
@@ -22,6 +23,13 @@ def deployment_files(
         "compose.yaml": _yaml(_compose(tag, gpu=gpu)),
         "kserve.yaml": _yaml(_kserve(name, tag, gpu=gpu)),
     }
+
+
+def object_name(name: str) -> str:
+    """A model's name as Kubernetes takes one of a service (RFC 1035, and room for KServe's suffixes), and a registry
+    one of an image: lower-case letters, digits and hyphens, with a letter first."""
+    word = "".join(c if c.isalnum() else "-" for c in name.lower())
+    return (word if word[0].isalpha() else f"model-{word}")[:_NAME_LENGTH].rstrip("-")
 
 
 def _dockerfile(models: Sequence[str], image: str, *, text: bool) -> str:
@@ -73,7 +81,7 @@ def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, object]:
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
-        "metadata": {"name": "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")},
+        "metadata": {"name": object_name(name)},
         "spec": {"predictor": {"containers": [container]}},
     }
 

@@ -49,7 +49,9 @@ class TritonPythonModel:
                 tensors = [backend.Tensor(name, array) for name, array in self._encode(*texts).items()]
                 responses.append(backend.InferenceResponse(tensors))
             except ValueError as error:
-                responses.append(backend.InferenceResponse([], backend.TritonError(str(error))))
+                # Without a code it is a failure of the server's, status 500, which clients send again.
+                refused = backend.TritonError(str(error), backend.TritonError.INVALID_ARG)
+                responses.append(backend.InferenceResponse([], refused))
         return responses
 
     def _texts(self, backend: ModuleType, request: object, name: str) -> list[str] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -12,7 +14,7 @@ import click
 from nxm_export import __version__
 from nxm_export.cli.output import one_line
 from nxm_export.errors import Notice, NxmError
-from nxm_export.storage.atomic import FULL_ERRNOS
+from nxm_export.storage.atomic import FULL_ERRNOS, written_file
 
 # The sections of `nxm --help`, in the order in which people need the commands.
 SECTIONS = {
@@ -21,6 +23,8 @@ SECTIONS = {
     "Run": ("predict", "serve", "triton"),
     "Look": ("doctor", "show", "report", "card", "completion"),
 }
+# Of a path that the system does not let us use, which no code of ours can mend.
+_REFUSED_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG})
 _NAMES_WIDTH = 24  # of the options in a help text; what an option does gets the rest
 _CLOSING = {"--json", "--help-all", "--help"}  # the last options of every help text
 _HELP_ALL = "nxm_export.help_all"  # in the context: every option is asked for
@@ -89,6 +93,7 @@ class _Group(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
+        _open_closed_streams()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("default", Notice)
@@ -106,15 +111,27 @@ class _Group(click.Group):
             click.echo(f"nxm: this needs {error.name}, which is not installed; {install_advice(extra)}", err=True)
             ctx.exit(1)
         except OSError as error:
-            if error.errno not in FULL_ERRNOS:
+            if error.errno not in FULL_ERRNOS and (error.errno not in _REFUSED_ERRNOS or not error.filename):
                 raise
-            click.echo(
-                f"nxm: {error.filename or 'a file'}: cannot be written ({error.strerror}); free the space", err=True
-            )
+            file = written_file(error) or "a file"
+            if error.errno in FULL_ERRNOS:
+                click.echo(f"nxm: {file}: cannot be written ({error.strerror}); free the space", err=True)
+            else:
+                click.echo(
+                    f"nxm: {file}: cannot be used ({error.strerror}); give access to it, or name another", err=True
+                )
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)
             ctx.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """Let a command that was started without stdout or stderr (``2>&-``) write to nowhere: Python has None in their
+    place, and the next file or connection would get their number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _show_warning(

@@ -243,7 +243,8 @@ def _parquet_rows(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict[str,
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError(
-            f"{path}: reading Parquet needs pyarrow; pip install 'nxm-export[parquet]', or convert the file to CSV"
+            f"{path}: reading Parquet needs pyarrow ({error}); pip install 'nxm-export[parquet]', or convert the file "
+            "to CSV"
         ) from error
     source = io.BytesIO(stream.read()) if path.suffix.lower() == _PACKED else path
     try:

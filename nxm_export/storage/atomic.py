@@ -183,9 +183,14 @@ def disk_errors(target: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_error(error):
             raise
-        file = getattr(error, "filename", None) or target
+        file = written_file(error) or target
         reason = getattr(error, "strerror", None) or f"the disk is full, or the file too large: {_first_line(error)}"
         raise ArtifactError(f"{file}: cannot be written ({reason}); free the space or choose another place") from error
+
+
+def written_file(error: BaseException) -> object | None:
+    """The file that an error of the system is about; of a copy, the one that was written."""
+    return getattr(error, "filename2", None) or getattr(error, "filename", None)
 
 
 def _first_line(error: Exception) -> str:

@@ -139,6 +139,16 @@ def test_a_failed_parity_is_refused_alike(copy: Path, answer: Answering) -> None
     answer(copy, "off", frozenset())
 
 
+@way
+def test_a_report_that_cannot_be_read_is_refused_as_that_and_not_as_a_failed_comparison(
+    copy: Path, answer: Answering
+) -> None:
+    (copy / "parity.json").write_text("{")
+    with pytest.raises(ParityError, match=r"parity\.json: not valid JSON .*run `nxm compare` again, or .*--parity off"):
+        answer(copy, "not-failed", frozenset())
+    answer(copy, "off", frozenset())
+
+
 def test_the_hash_of_all_contents_is_that_of_sha256sum(engine: Path) -> None:
     passport = load_passport(engine)
     listed = subprocess.run(
@@ -197,7 +207,8 @@ def test_every_gate_admits_what_it_says_and_nothing_else(
         require_gate(tmp_path, WHOLE, gate)
         return
     what = {"failed": "failed", "unchecked": "was never checked for these files"}[state]
-    with pytest.raises(ParityError, match=rf"parity with its checkpoint {what} \(parity.json\)"):
+    words = rf"parity with its checkpoint {what} \(parity.json\)"
+    with pytest.raises(ParityError, match="not valid JSON" if report == "{" else words):
         require_gate(tmp_path, WHOLE, gate)
 
 

@@ -283,6 +283,26 @@ def test_a_runtime_that_is_not_installed_says_what_to_install(
         backend("ort").load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "called"), [("ort", "onnxruntime", "ONNX Runtime"), ("openvino", "openvino", "OpenVINO")]
+)
+def test_a_runtime_that_cannot_be_loaded_is_not_called_one_that_is_not_installed(
+    name: str,
+    module: str,
+    called: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_engine: Callable[..., Path],
+) -> None:
+    """As where a library of the system is missing, or memory to map the runtime's own."""
+    path = tiny_engine(name)
+    (tmp_path / f"{module}.py").write_text("raise ImportError('libx.so: failed to map segment')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(EngineUnavailable, match=rf"{called} is installed and cannot be loaded \(libx\.so: failed"):
+        backend(name).load(path)
+
+
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     (tmp_path / "engine").mkdir()
     passport = ort_backend.build(tiny_graph() / "model.onnx", tmp_path / "engine", BuildOptions(threads=1))

@@ -90,7 +90,7 @@ def test_where_it_cannot_be_tried_it_says_so(tiny_engine: Callable[..., Path], m
     directory = tiny_engine("ort")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     closest = closest_level(directory, *opened(directory))
-    assert closest == SessionLevel(BASIC, None, None, "ONNX Runtime is not installed here")
+    assert closest == SessionLevel(BASIC, None, None, "ONNX Runtime does not run here")
     assert "not compared with the proven one" in closest.words
 
 

@@ -34,7 +34,7 @@ from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import Answer
 from nxm_export.data.question_answering import answer_scores, windows
 from nxm_export.data.tokenization import load_tokenizer
-from nxm_export.errors import DataError, RequestRefused, ServeError
+from nxm_export.errors import DataError, RequestRefused
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked, exact_engine, tiny
@@ -232,7 +232,14 @@ def triton_models(repository: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Mo
 class TritonBackend:
     """What is used of ``triton_python_backend_utils``."""
 
-    TritonError = ValueError
+    class TritonError(ValueError):
+        """What a request is refused with: by the code of what the client got wrong alone."""
+
+        INVALID_ARG = 400
+
+        def __init__(self, message: str, code: int) -> None:
+            super().__init__(message)
+            assert code == self.INVALID_ARG
 
     class Tensor:
         """A named array."""
@@ -290,13 +297,13 @@ def test_triton_is_handed_tokens_alone_or_with_the_answers(engine: Path, tmp_pat
     config = (tmp_path / "tokens" / "qa" / "config.pbtxt").read_text()
     for name in ("start_logits", "end_logits"):
         assert f'name: "{name}"' in config
-    export_repository([EngineSource("qa", "1", engine)], tmp_path / "text", TritonOptions(text=True, pair=True))
+    export_repository([EngineSource("qa", "1", engine)], tmp_path / "text", TritonOptions(text=True))
     models = {path.name for path in (tmp_path / "text").iterdir() if path.is_dir()}
     assert models == {"qa", "qa_tokenizer", "qa_answers", "qa_text"}
     ensemble = (tmp_path / "text" / "qa_text" / "config.pbtxt").read_text()
     assert [ensemble.count(f'name: "{name}"') for name in ("start_logits", "end_logits", "answer")] == [1, 1, 1]
-    with pytest.raises(ServeError, match="reads a question and its context at once; use --pairs"):
-        export_repository([EngineSource("qa", "1", engine)], tmp_path / "one", TritonOptions(text=True))
+    assert '"text_pair"' in ensemble
+    assert "optional" not in ensemble
 
 
 def frontend_of(longest: int) -> TextFrontend:

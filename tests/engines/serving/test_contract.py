@@ -261,6 +261,14 @@ def test_what_the_model_does_not_take_is_refused_with_400_and_a_reason(
     test_all_outputs_come_when_none_is_named(client)
 
 
+def test_a_text_that_cannot_be_read_is_refused_with_400(client: Any) -> None:
+    inputs = [client_http.InferInput("text", [1, 1], "BYTES")]
+    inputs[0].set_data_from_numpy(np.array([[b"a \xff film"]], object))
+    with pytest.raises(errors.InferenceServerException, match=r"row 0 of text is not UTF-8 \(byte 2\)") as refused:
+        client.infer("exact_text", inputs)
+    assert refused.value.status() == "400"
+
+
 def test_an_unknown_output_is_refused_with_400(client: Any) -> None:
     with pytest.raises(errors.InferenceServerException) as refused:
         client.infer("exact", token_inputs(feeds_of([4])), outputs=outputs("pooled"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -10,10 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from engines.passport import load_passport
+from engines.serving.live_models import LiveModels
+from engines.serving.metrics import Metrics
+from engines.serving.model import Model
 from engines.serving.repository import Change, EngineSource, Repository, require_distinct_names
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import ArtifactError, ParityError, RequestRefused, ServeError
@@ -91,9 +96,16 @@ def test_a_passport_that_cannot_be_read_is_a_reload_that_is_refused_with_its_rea
 
 
 @pytest.mark.parametrize("name", ["passport.json", "model.onnx"])
-def test_a_directory_that_is_not_whole_is_left_alone(repository: Repository, copy: Path, name: str) -> None:
-    (copy / name).unlink()
-    assert settled(repository) == []
+def test_a_directory_that_is_not_whole_is_left_alone_and_named_once(
+    repository: Repository, copy: Path, tmp_path: Path, name: str
+) -> None:
+    for _ in range(2):
+        (copy / name).rename(tmp_path / "away")
+        (change,) = settled(repository)
+        assert (change.reload, f"{copy} is gone or not whole" in str(change.trouble)) == (False, True)
+        assert settled(repository) == []
+        (tmp_path / "away").rename(copy / name)
+        assert settled(repository) == []
 
 
 def test_a_refused_reload_is_tried_again_when_its_parity_report_arrives(
@@ -355,6 +367,28 @@ def test_the_engine_that_serves_put_there_again_with_a_failed_report_is_refused_
         assert eventually(lambda: send(server.port, "POST", INFER, body).status == 200)
 
 
+def test_the_watch_goes_on_after_an_error_that_nobody_expected() -> None:
+    class Broken:
+        models: tuple[Model, ...] = ()
+        retired: tuple[Model, ...] = ()
+        looks = 0
+
+        def open(self) -> None:
+            """Nothing to load."""
+
+        def changed(self) -> list[Change]:
+            self.looks += 1
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "engine/passport.json")
+
+    async def watch(repository: Broken) -> None:
+        running = asyncio.create_task(LiveModels(cast("Repository", repository), Metrics(), watch=0.01).run())
+        while repository.looks < 3:
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(watch(Broken()), 10))
+
+
 def test_a_server_withdraws_a_model_whose_parity_turns_failed_and_takes_it_back(copy: Path, tmp_path: Path) -> None:
     body = body_of(feeds_of([5]))
     with nxm_serve(tmp_path / "log", f"exact={copy}", "--watch-seconds", "0.1", "--text") as server:
@@ -380,9 +414,13 @@ def test_a_server_withdraws_a_model_whose_parity_turns_failed_and_takes_it_back(
         assert eventually(lambda: metric(server, 'nxm_reloads_total{model="exact",result="refused"') == 1)
         assert send(server.port, "POST", INFER, body).status == 200
         assert metric(server, "nxm_reloads_total") == 1
+        shutil.rmtree(copy)
+        assert eventually(lambda: "is gone or not whole" in server.log.read_text())
+        assert send(server.port, "POST", INFER, body).status == 200
     events = [line["event"] for line in log_lines(server)]
     assert [event for event in events if "withdrawn" in str(event) or "goes on" in str(event)] == [
         "withdrawn; it answers no more",
         "goes on; its parity is good enough again",
         "reload refused; the old engine goes on",
+        "directory gone; the old engine goes on",
     ]

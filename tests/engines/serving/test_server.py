@@ -302,6 +302,9 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
     [
         (["{engine}", "--host", "0.0.0.0"], "no authentication", 1),
         (["{engine}", "--host", "192.0.2.1", "--allow-remote"], "cannot be bound", 1),
+        (["{engine}", "--host", "[::1]"], "no address, nor the name of one", 1),
+        (["{engine}", "--host", "h" * 300], "no address, nor the name of one", 1),
+        (["stats={engine}"], "/v2/models/stats is the path of all statistics", 1),
         (["{engine}", "--port", "{taken}"], "cannot be bound (Address already in use)", 1),
         (["{engine}", "--expect-sha256", "00"], "neither is among those expected", 1),
         (["{failed}"], "parity with its checkpoint failed", 3),

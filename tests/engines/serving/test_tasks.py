@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from engines.ort import backend as ort
-from engines.serving.protocol import TensorSpec
+from engines.serving.protocol import TensorSpec, parse_infer
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.serving.text import TextFrontend
@@ -50,10 +50,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[task]
 
     return make
-
-
-def bytes_of(*texts: str) -> np.ndarray:
-    return np.array([[text.encode()] for text in texts], object)
 
 
 @pytest.mark.parametrize("task", SHAPES)
@@ -113,25 +109,36 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
         assert "Traceback" not in done.output
 
 
-def test_the_wrong_number_of_texts_is_refused(built: Callable[[str], Path]) -> None:
-    frontends = {task: TextFrontend(load_tokenizer(built(task)), load_spec(built(task))) for task in SHAPES}
-    with pytest.raises(RequestRefused, match="embedding reads one text a row"):
-        frontends["embedding"].tokens({"text": bytes_of("a"), "text_pair": bytes_of("b")})
-    with pytest.raises(RequestRefused, match=r"reranking needs text \(the query\) and text_pair \(the document\)"):
-        frontends["reranking"].tokens({"text": bytes_of("a")})
+def test_the_wrong_number_of_texts_is_refused_as_the_metadata_says(built: Callable[[str], Path]) -> None:
+    one, two = (TextFrontend(load_tokenizer(built(task)), load_spec(built(task))).inputs for task in SHAPES)
+    assert [(spec.name, spec.optional) for spec in one] == [("text", False)]
+    assert [(spec.name, spec.optional) for spec in two] == [("text", False), ("text_pair", False)]
+
+    def body(*names: str) -> bytes:
+        return json.dumps(
+            {"inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": ["a"]} for name in names]}
+        ).encode()
+
+    with pytest.raises(RequestRefused, match=r"unexpected input 'text_pair'; the model takes text$"):
+        parse_infer(body("text", "text_pair"), None, one, ())
+    with pytest.raises(RequestRefused, match="missing input text_pair; the model takes text, text_pair"):
+        parse_infer(body("text"), None, two, ())
 
 
 @pytest.mark.parametrize(("task", "dims"), [("embedding", f"{tiny.HIDDEN}"), ("reranking", "1")])
 def test_triton_has_the_outputs_and_the_texts(
     task: str, dims: str, built: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Also where a repository holds models of one text and of two: what a search is made of."""
     pair = task == "reranking"
     sources = [EngineSource("m", "1", built(task))]
-    export_repository(sources, tmp_path / "repo", TritonOptions(text=True, pair=pair, threads=1))
+    export_repository(sources, tmp_path / "repo", TritonOptions(text=True, threads=1))
     assert {path.name for path in (tmp_path / "repo").iterdir() if path.is_dir()} == {"m", "m_tokenizer", "m_text"}
     text = (tmp_path / "repo" / "m_text" / "config.pbtxt").read_text()
     assert (f'"{SHAPES[task].name}"' in text, '"text_pair"' in text, '"label"' in text) == (True, pair, False)
     assert dims in text.split(f'"{SHAPES[task].name}"')[1].split("]")[0]
-    with pytest.raises(ServeError, match="--pairs"):
-        export_repository(sources, tmp_path / "other", TritonOptions(text=True, pair=not pair, threads=1))
-    assert not (tmp_path / "other").exists()
+    assert "optional" not in text
+    if not pair:
+        with pytest.raises(ServeError, match="--pairs"):
+            export_repository(sources, tmp_path / "other", TritonOptions(text=True, pair=True, threads=1))
+        assert not (tmp_path / "other").exists()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.triton import export_repository
+from engines.triton.deploy import object_name
 
 
 def test_container_files_are_yaml_and_copy_every_model(plans: list[EngineSource], engine: Path, tmp_path: Path) -> None:
@@ -30,3 +33,9 @@ def test_container_files_are_yaml_and_copy_every_model(plans: list[EngineSource]
     (container,) = kserve["spec"]["predictor"]["containers"]
     assert container["image"] == service["image"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
+@pytest.mark.parametrize("name", ["film", "Film_2", "2-films", "a..b_-c", "v1.", "9" * 128, "a" + "-" * 127, "0_"])
+def test_names_are_those_that_kubernetes_and_registries_take(name: str) -> None:
+    made = object_name(name)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", made)  # RFC 1035, of which every name is an image's, too

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.atomic import atomic_dir, is_disk_error, require_apart, require_replaceable, write_atomic
+from nxm_export.storage.atomic import (
+    atomic_dir,
+    disk_errors,
+    is_disk_error,
+    require_apart,
+    require_replaceable,
+    write_atomic,
+)
 from nxm_export.storage.run_dir import RunDir
 
 
@@ -131,6 +138,14 @@ def test_a_path_below_a_file_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(ArtifactError, match="cannot be written"):
         write_atomic(tmp_path / "file" / "x.json", "{}")
+
+
+def test_the_file_that_a_copy_could_not_write_is_named_and_not_the_one_that_it_read(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match=r"^to: cannot be written \(No space left on device\)"),
+        disk_errors(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from", None, "to")
 
 
 def test_only_disk_errors_are_disk_errors() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engines.base import EngineFacts
     from engines.passport import EnginePassport
     from engines.sparsity.advice import Advice
-    from engines.sparsity.judgement import SparsityReport
+    from engines.sparsity.sparsity_report import SparsityReport
     from engines.tensorrt.rtx_parser import ParserAnswer
 
 

@@ -24,7 +24,7 @@ from typing import cast
 
 from engines.base import BuildOptions, Profile
 from engines.benchmark.latency import BenchReport
-from engines.sparsity.judgement import SparsityReport
+from engines.sparsity.sparsity_report import SparsityReport
 from nxm_export.data.features import Features
 from nxm_export.errors import NxmError
 from nxm_export.hf.protocols import AutoClass

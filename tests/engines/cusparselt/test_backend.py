@@ -20,7 +20,7 @@ from engines.cusparselt.machine import Machine
 from engines.cusparselt.profiling import KERNELS_FILE, KernelRun, ProfiledRun, read_profile, save_profile
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.passport import load_passport
-from engines.sparsity.judgement import SparsityReport, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.inspection import inspect_path, require_sparse

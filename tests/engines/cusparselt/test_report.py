@@ -10,7 +10,8 @@ from engines.cusparselt.kernels import DENSE, FORMS
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.program import Choice, Measurement, Product, Program
 from engines.cusparselt.report import _with_engine, at_rows, dense_form, sparse_form, times
-from engines.sparsity.judgement import SparsityTarget, WeightSparsity, judge
+from engines.sparsity.judgement import judge
+from engines.sparsity.sparsity_report import SparsityTarget, WeightSparsity
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 
 FIRST, SECOND = list(FORMS)[:2]

@@ -11,8 +11,9 @@ from engines.sparsity.build_evidence import (
     LayerInfo,
     SparsityLog,
 )
-from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge, weight_type
+from engines.sparsity.judgement import FileProblem, judge
 from engines.sparsity.kernel_names import Existence, sparse_kernel_exists
+from engines.sparsity.sparsity_report import REASONS, SparsityTarget, WeightSparsity, weight_type
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects

@@ -19,8 +19,9 @@ from engines.sparsity.build_evidence import (
     parse_sparsity_log,
 )
 from engines.sparsity.engine_report import WeightFacts, write_weight_facts
-from engines.sparsity.judgement import ProductNames, SparsityTarget, WeightSparsity, judge
+from engines.sparsity.judgement import ProductNames, judge
 from engines.sparsity.kernel_names import is_among, kernel_named
+from engines.sparsity.sparsity_report import SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import decode
 from tests.engines.sparsity.test_build_evidence import FACT
 from tests.support import onnx_text

@@ -11,7 +11,7 @@ import pytest
 
 from engines.benchmark.latency import BenchReport, Ratio, Timing
 from engines.sparsity.advice import Advice
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.cli.engine_tables import print_latency, print_machine
 from nxm_export.cli.output import show_result
 from nxm_export.cli.run_tables import print_compression, print_search, print_summary

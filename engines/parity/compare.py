@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import Engine
+from engines.devices import running_on
 from engines.memory import reference_memory
 from engines.parity.compatibility import require_alike, require_outputs
 from engines.parity.decisions import (
@@ -67,7 +68,6 @@ from engines.parity.tolerance import (
     floor,
     largest,
 )
-from engines.passport import running_on
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS, Task

@@ -44,8 +44,9 @@ def bench_engines(
     """
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
+    from engines.devices import running_on
     from engines.memory import require_room
-    from engines.passport import load_passport, running_on
+    from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
     given = [Path(path) for path in engines]

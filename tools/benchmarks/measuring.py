@@ -114,7 +114,7 @@ def in_child(kind: type[T], module: str, *arguments: str) -> T:
 
 def circumstances(threads: int, packages: Sequence[str]) -> Circumstances:
     """When, on what and with which versions: the head of a record."""
-    from engines.passport import cpu_device
+    from engines.devices import cpu_device
 
     cpu = cpu_device()
     return {

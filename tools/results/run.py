@@ -448,7 +448,7 @@ def machine() -> Machine:
     """CPU model and instruction sets, GPU if there is one, and the threads that torch uses."""
     import torch
 
-    from engines.passport import cpu_device
+    from engines.devices import cpu_device
 
     cpu = cpu_device()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

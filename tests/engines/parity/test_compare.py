@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from engines.devices import running_on
 from engines.ort.backend import OrtEngine
 from engines.parity.bisect import bisect
 from engines.parity.compare import compare, compare_all
 from engines.parity.parts import Part, open_part
 from engines.parity.reports import ParityReport
-from engines.passport import load_passport, running_on
+from engines.passport import load_passport
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec

@@ -407,8 +407,9 @@ def _export(
     progress: Progress,
 ) -> list[str]:
     """Export every graph of the run that the plan allows; returns their names."""
-    from nxm_export.graph.exporter import INT8_ATTENTION_TOKENS, export, target_named
+    from nxm_export.graph.exporter import INT8_ATTENTION_TOKENS, export
     from nxm_export.graph.int4_storage import int4_weights
+    from nxm_export.graph.targets import target_named
 
     made = []
     checkpoint = open_checkpoint(directory.path("checkpoint"))

@@ -16,7 +16,7 @@ from engines.benchmark.fastest_backend import NAME as AUTO
 from nxm_export.cli import main
 from nxm_export.cli.group import SECTIONS, Command
 from nxm_export.contract.choices import AUTO_BACKEND, BACKEND_NAMES, TARGETS
-from nxm_export.graph.exporter import TARGETS as GRAPH_TARGETS
+from nxm_export.graph.targets import TARGETS as GRAPH_TARGETS
 
 COMMANDS = sorted(main.commands)
 # What an argument is called, by what it is.

@@ -22,10 +22,11 @@ from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
-from nxm_export.graph import exporter
+from nxm_export.graph import exporter, tracing
 from nxm_export.graph.apply_plan import SOFTMAX_SCALE
-from nxm_export.graph.exporter import TARGETS, Exported, export
+from nxm_export.graph.exporter import Exported, export
 from nxm_export.graph.reading.graph_weights import graph_weights, load_graph
+from nxm_export.graph.targets import TARGETS
 from nxm_export.graph.verifier import embedded_plan, verify
 from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
@@ -427,7 +428,7 @@ def test_a_traced_weight_that_is_not_the_checkpoints_is_refused(
 ) -> None:
     """Query and key swapped by the exporter have the right shapes; only their values tell."""
     path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
-    trace = exporter._trace
+    trace = tracing.trace
 
     def swapped(*arguments: Any) -> Any:
         model = trace(*arguments)
@@ -437,7 +438,7 @@ def test_a_traced_weight_that_is_not_the_checkpoints_is_refused(
         query.const_value, key.const_value = key.const_value, query.const_value
         return model
 
-    monkeypatch.setattr(exporter, "_trace", swapped)
+    monkeypatch.setattr(exporter, "trace", swapped)
     with pytest.raises(ExportError, match=r"query\.weight: the traced graph holds other values than the checkpoint"):
         export(path, tmp_path / "graph")
     assert not (tmp_path / "graph").exists()

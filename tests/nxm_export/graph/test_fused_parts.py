@@ -17,10 +17,11 @@ from engines.reference import pytorch
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.encoder_family import part_name
 from nxm_export.errors import ExportError
-from nxm_export.graph.exporter import TARGETS, export
+from nxm_export.graph.exporter import export
 from nxm_export.graph.fused_parts import split_products
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_weights, load_graph, parameter_of
 from nxm_export.graph.reading.sparsity_scan import matrix_facts
+from nxm_export.graph.targets import TARGETS
 from nxm_export.graph.verifier import verify
 from tests.support import baked, onnx_text
 from tests.support.variants import variants

@@ -109,10 +109,25 @@ def planned(
     columns: Columns,
 ) -> tuple[Request, PlanChoice]:
     """The request, and where its plan comes from."""
+    from compressors.settings import Settings
     from nxm_export.pipeline.plan_choice import PlanChoice
+    from nxm_export.pipeline.run import Request
 
     asked.require_one()
-    request = _request(model, train, dev, task, asked.spec(), settings, columns, asked.options)
+    options = asked.options
+    request = Request(
+        model=str(model),
+        task=task,
+        train=str(train),
+        dev=str(dev),
+        spec=asked.spec(),
+        settings=settings or Settings(),
+        columns=columns,
+        placement=options.placement,
+        residual=options.residual,
+        embedding=options.embedding,
+        keep_dense=options.keep_dense,
+    )
     choice = PlanChoice(asked.plan, _search_of(request, asked.search))
     return replace(request, planned=choice.given), choice
 
@@ -140,36 +155,6 @@ def _search_of(request: Request, search: float | SearchSettings | None) -> Searc
 def names_of(backend: str | Sequence[str]) -> tuple[str, ...]:
     """The names of one backend or of several."""
     return (backend,) if isinstance(backend, str) else tuple(backend)
-
-
-def _request(
-    model: str | Path,
-    train: str | Path,
-    dev: str | Path,
-    task: str,
-    spec: WeightSpec,
-    settings: Settings | None,
-    columns: Columns,
-    options: PlanOptions,
-) -> Request:
-    """The request of a run. Eight parameters: the choices that `run`, `estimate` and `compress` share, as they got
-    them."""
-    from compressors.settings import Settings
-    from nxm_export.pipeline.run import Request
-
-    return Request(
-        model=str(model),
-        task=task,
-        train=str(train),
-        dev=str(dev),
-        spec=spec,
-        settings=settings or Settings(),
-        columns=columns,
-        placement=options.placement,
-        residual=options.residual,
-        embedding=options.embedding,
-        keep_dense=options.keep_dense,
-    )
 
 
 def with_data(request: Request, revision: str | None, train_limit: int | None, more_text: MoreText | None) -> Request:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressors.models import load_model, resolve
 from compressors.quantization.fake_quant import QuantLinear, activation_quantizers, quant_linears
@@ -21,37 +20,10 @@ from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
 from tests.support import tiny
+from tests.support.bert_block import CONFIG, FAMILY, Block
 from tests.support.random_tensors import randn
 
 W4 = WeightSpec(NMPattern(2, 4), 4, 8)
-CONFIG = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
-FAMILY = FAMILIES["bert"]
-
-
-class Block(nn.Module):
-    """A stand-in with the module names of one BERT block; only the linear layers matter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bert = nn.Module()
-        self.bert.encoder = nn.Module()
-        layer = nn.Module()
-        layer.attention = nn.Module()
-        layer.attention.self = nn.Module()
-        layer.attention.output = nn.Module()
-        layer.intermediate, layer.output = nn.Module(), nn.Module()
-        for name in ("query", "key", "value"):
-            setattr(layer.attention.self, name, nn.Linear(8, 8))
-        layer.attention.output.dense = nn.Linear(8, 8)
-        layer.intermediate.dense, layer.output.dense = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.bert.encoder.layer = nn.ModuleList([layer])
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        layer: Any = self.bert.encoder.layer[0]  # type: ignore[index, union-attr]  # of modules put together here
-        x = torch.stack([input_ids.float() * (i + 1) for i in range(8)], dim=-1)
-        attended = layer.attention.self
-        x = layer.attention.output.dense(attended.query(x) + attended.key(x) + attended.value(x))
-        return cast(Tensor, layer.output.dense(layer.intermediate.dense(x).relu()))
 
 
 def test_query_key_and_value_share_one_quantizer_that_runs_once() -> None:

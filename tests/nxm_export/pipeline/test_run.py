@@ -36,8 +36,7 @@ from nxm_export.pipeline.run_engines import GRAPHS
 from nxm_export.progress import silent
 from nxm_export.storage.json_files import decode, entry_at
 from nxm_export.storage.run_dir import RunDir
-from tests.engines.cusparselt.machines import FACTS, Priced
-from tests.engines.cusparselt.test_backend import FASTER
+from tests.engines.cusparselt.machines import FACTS, FASTER, Priced
 from tests.support import tiny
 from tests.support.few_rounds import time_few_rounds_here
 from tests.support.run_desk import Desk, refused

@@ -17,8 +17,8 @@ from nxm_export.pipeline.engine_timing import _verdict
 from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
-from tests.engines.sparsity.test_build_evidence import engine_directory, tie
 from tests.support.records import PASSPORT
+from tests.support.sparsity_evidence import engine_directory, tie
 
 TWINS = BuiltTwins("trt", {name: TwinHashes("ab", "cd") for name in ("int8-dense", "int8-sparse", "fp16")})
 

@@ -19,10 +19,11 @@ import pytest
 
 from nxm_export.storage.json_files import entry_at
 from tests.support.exact_engine import MAX_LENGTH, VOCABULARY, expected, feeds_of
+from tests.support.serving_calls import INFER
 from tools.benchmarks.servers import Running
 from tools.raw_http import connect, read, request, send
 
-INFER, TEXT = "/v2/models/exact/infer", "/v2/models/exact_text/infer"
+TEXT = "/v2/models/exact_text/infer"
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 JUNK: tuple[Any, ...] = (
     None,

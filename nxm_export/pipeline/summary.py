@@ -27,7 +27,6 @@ from nxm_export.contract.records.run_summary import (
     RtxBuild,
     RunSummary,
     ShapeLatency,
-    Speedup,
     TrainingFacts,
 )
 from nxm_export.contract.tasks import TASKS
@@ -91,7 +90,7 @@ def summarize(
         embedding=plan.embedding,
         parity={name: _parity(report) for name, report in reports.items()},
         latency_ms={name: timing for bench in benches.values() for name, timing in _latency(bench).items()},
-        speedup=tuple(ratio for bench in benches.values() for ratio in _speedup(bench)),
+        speedup=tuple(ratio for bench in benches.values() for ratio in bench.ratios),
         onnx_bytes={name: _graph_bytes(directory.path("onnx", name)) for name in graphs},
         trt_rtx=_rtx_build(directory.path("engines", rtx)) if rtx else None,
         missing=dict(engines.missing),
@@ -214,13 +213,6 @@ def _latency(report: BenchReport) -> dict[str, ShapeLatency]:
         )
         for timing in report.timings
     }
-
-
-def _speedup(report: BenchReport) -> tuple[Speedup, ...]:
-    return tuple(
-        Speedup(ratio.name, ratio.reference, ratio.batch, ratio.sequence, ratio.speedup, ratio.interval)
-        for ratio in report.ratios
-    )
 
 
 def _training(metrics: CompressionMetrics) -> TrainingFacts:

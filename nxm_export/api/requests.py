@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
     from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Asked:
 
     def require_one(self) -> None:
         """Raise `PlanError` where two of these say what a weight gets: one would win silently."""
-        from nxm_export.pipeline.run import require_plan_alone
+        from nxm_export.pipeline.plan_choice import require_plan_alone
 
         uniform = {"pattern": self.pattern, "weight_bits": self.weight_bits}
         given = [name for name, value in uniform.items() if not isinstance(value, Default)]
@@ -111,7 +111,7 @@ def planned(
     """The request, and where its plan comes from."""
     from compressors.settings import Settings
     from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
     asked.require_one()
     options = asked.options

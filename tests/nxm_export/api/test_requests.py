@@ -128,7 +128,7 @@ def test_a_run_in_python_is_told_one_plan(given: dict[str, Any], message: str, t
 def test_a_run_in_python_takes_plan_search_and_backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the pipeline gets is what the command gives it."""
     from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
     got: list[tuple[Request, PlanChoice]] = []
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ import pytest
 from nxm_export.contract.encoder_family import GELUS
 from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph
-from nxm_export.graph.reading.sparsity_scan import matrix_facts
+from nxm_export.graph.reading.sparsity_scan import scan_products
 from nxm_export.pipeline.inspection import doctor_file
 from nxm_export.storage.json_files import as_objects
 from tests.engines.sparsity.foreign import pruned_model
@@ -69,7 +69,7 @@ def test_polygraphy_agrees_wherever_it_can_look_and_we_go_on_where_it_skips(tmp_
 
     text = polygraphy(tmp_path / "pruned.onnx")
     theirs = {name: not denied for denied, name in re.findall(r"Found (non-)?sparse tensor: (\w+)", text)}
-    ours = {fact.name: fact.sparse_along_k for fact in matrix_facts(load_graph(tmp_path / "pruned.onnx"), "")}
+    ours = {fact.name: fact.sparse_along_k for fact in scan_products(load_graph(tmp_path / "pruned.onnx"), "").facts}
     assert ours == theirs == {"up": True, "down": True, "head": False}
     quantized = make(sys.executable, "ort", tmp_path)
     assert "Skipping tensor: up_quantized due to unsupported type: int8" in polygraphy(quantized)

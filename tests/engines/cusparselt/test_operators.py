@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from engines.cusparselt.executor import MOST_SHAPES, Executor
+from engines.cusparselt.executor import MOST_SHAPES, Executor, _shape
 from engines.cusparselt.lowering import lowered
 from engines.cusparselt.operators import HOST, compute, known
-from engines.cusparselt.program import Attribute
+from engines.cusparselt.program import Attribute, Step
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from nxm_export.errors import EngineError
 from tests.support import onnx_text
@@ -156,6 +156,12 @@ def test_an_attribute_of_another_type_is_refused(op: str, attribute: str, value:
     x = torch.zeros(2, 3)
     with pytest.raises(EngineError, match=message):
         compute(op, [x, x[0]], {attribute: value})
+
+
+def test_a_shape_from_what_is_no_axis_is_refused() -> None:
+    step = Step("Shape", ("x",), ("y",), {"start": "first"})
+    with pytest.raises(EngineError, match="Shape: attribute start must be a whole number, got 'first'"):
+        _shape(torch.zeros(2, 3), step)
 
 
 def test_as_many_shapes_are_kept_as_it_says(tmp_path: Path) -> None:

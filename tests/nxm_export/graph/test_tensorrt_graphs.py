@@ -21,7 +21,7 @@ from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.reading.sparsity_scan import scan_products
 from tests.support import tiny
 from tests.support.trt_models import Checkpoints, feeds_for
-from tests.support.variants import variants
+from tests.support.variants import placements_of, variants
 
 # Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved
 # by one step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to
@@ -52,7 +52,7 @@ def nodes(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("family", "placement"),
     variants(
-        [(name, placement) for name, family in FAMILIES.items() for placement in family.placements],
+        [(name, placement) for name, family in FAMILIES.items() for placement in placements_of(family)],
         lambda pair: pair[0] == "bert",
         slow=tuple(itertools.product(tiny.DISTINCT, PLACEMENTS)),
     ),

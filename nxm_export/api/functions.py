@@ -47,13 +47,8 @@ if TYPE_CHECKING:
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.estimate import RunEstimate
-    from nxm_export.pipeline.inspection import (
-        CheckpointFacts,
-        EngineInspection,
-        FileDiagnosis,
-        GraphFacts,
-        RunInspection,
-    )
+    from nxm_export.pipeline.file_diagnosis import FileDiagnosis
+    from nxm_export.pipeline.inspection import CheckpointFacts, EngineInspection, GraphFacts, RunInspection
 
 
 def run(
@@ -329,9 +324,9 @@ def diagnose(
     `version` is by default the backend's newest that is known here; `compute_capability` may be a name, too
     (``8.9``, ``L4``); `parse` asks the parser of the installed TensorRT-RTX as well.
     """
-    from nxm_export.pipeline.inspection import doctor_file
+    from nxm_export.pipeline.file_diagnosis import diagnose_file
 
-    return doctor_file(Path(graph), backend, version, compute_capability, parse=parse)
+    return diagnose_file(Path(graph), backend, version, compute_capability, parse=parse)
 
 
 def show(run_directory: str | Path) -> RunSummary:

@@ -19,7 +19,7 @@ from nxm_export.contract.choices import (
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.columns import Columns
 from nxm_export.errors import EngineError, EngineUnavailable, NxmError
-from nxm_export.pipeline.inspection import sparsity_of
+from nxm_export.pipeline.engine_sparsity import sparsity_of
 from nxm_export.pipeline.labelled_texts import features_of, labelled_texts, shared_features
 
 if TYPE_CHECKING:

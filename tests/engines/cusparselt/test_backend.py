@@ -23,7 +23,8 @@ from engines.passport import load_passport
 from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.pipeline.inspection import inspect_path, require_sparse
+from nxm_export.pipeline.engine_sparsity import require_sparse
+from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.storage.hashing import file_hash
 from tests.engines.cusparselt.machines import FASTER, SPARSE_KERNEL, Named, Priced, machine
 from tests.support import baked, onnx_text, tiny

@@ -17,7 +17,8 @@ from engines.sparsity.build_evidence import (
 from engines.sparsity.engine_report import read_sparsity_report
 from engines.tensorrt import backend
 from nxm_export.errors import ArtifactError, EngineError, ParityError
-from nxm_export.pipeline.inspection import inspect_engine, require_sparse
+from nxm_export.pipeline.engine_sparsity import require_sparse
+from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, encode, entry_at
 from tests.support.sparsity_evidence import (

@@ -100,7 +100,8 @@ def test_int4_weights_are_built_and_multiplied_as_integers_and_a_pattern_stays_i
 def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    from nxm_export.pipeline.inspection import inspect_engine, require_sparse
+    from nxm_export.pipeline.engine_sparsity import require_sparse
+    from nxm_export.pipeline.inspection import inspect_engine
 
     graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt")
     rtx_backend.build(graph.path, tmp_path)

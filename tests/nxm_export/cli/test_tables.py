@@ -29,7 +29,7 @@ from nxm_export.contract.records.search_result import (
 )
 from nxm_export.contract.records.speedup import Speedup
 from nxm_export.pipeline.environment import report
-from nxm_export.pipeline.inspection import FileDiagnosis
+from nxm_export.pipeline.file_diagnosis import FileDiagnosis
 from tests.support.records import SUMMARY
 
 Capture = pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ from nxm_export.errors import ArtifactError
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, load_graph
 from nxm_export.graph.reading.sparsity_scan import scan_products
 from nxm_export.graph.verifier import verify
-from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.pipeline.file_diagnosis import diagnose_file
 from tests.nxm_export.graph.reading.small_graphs import DENSE, ONE, PATTERN, SPARSE, SQUARE, found, held
 from tests.support import onnx_text
 
@@ -229,7 +229,7 @@ def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_we
     printed = {}
     for name, text in (("plain", plain), ("parted", parted)):
         found(text, tmp_path)
-        diagnosis = doctor_file(tmp_path / "model.onnx", "trt", "8.6", "8.0")
+        diagnosis = diagnose_file(tmp_path / "model.onnx", "trt", "8.6", "8.0")
         assert not diagnosis.problems
         printed[name] = [(weight.name, weight.node, weight.ready) for weight in diagnosis.sparsity.weights]
     assert printed == {"plain": [("w", "one", True)], "parted": [("w", "one", False), ("w", "two", False)]}
@@ -286,7 +286,7 @@ def test_one_of_two_is_no_two_of_four_where_k_is_no_multiple_of_four(tmp_path: P
     )
     report = verify(tmp_path / "model.onnx")
     assert (report.weights[0].pattern, report.products.sparse) == ("1:2", 0)
-    assert doctor_file(tmp_path / "model.onnx", "trt").sparsity.products == report.products
+    assert diagnose_file(tmp_path / "model.onnx", "trt").sparsity.products == report.products
 
 
 def test_two_of_four_run_in_no_sparse_kernel_where_k_is_no_multiple_of_four(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_two_of_four_run_in_no_sparse_kernel_where_k_is_no_multiple_of_four(tmp_
         "p = QuantizeLinear(m, s, z) y = DequantizeLinear(p, s, z) }",
         tmp_path,
     )
-    (judged,) = doctor_file(tmp_path / "model.onnx", "trt", "8.6", "8.0").sparsity.weights
+    (judged,) = diagnose_file(tmp_path / "model.onnx", "trt", "8.6", "8.0").sparsity.weights
     assert (judged.eligible, judged.reason, judged.ready) == (False, "k-multiple", False)
     assert not verify(tmp_path / "model.onnx", pattern=PATTERN).passed
 

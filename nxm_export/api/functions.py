@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from nxm_export.api.requests import (
     DEFAULT,
-    Asked,
     Default,
+    PlanArguments,
     PlanOptions,
     names_of,
     pattern_of,
@@ -84,7 +84,7 @@ def run(
     from nxm_export.pipeline.run import run as run_all
 
     request, choice = planned(
-        Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+        PlanArguments(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
     request = replace(
         with_data(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=names_of(backend)
@@ -115,7 +115,7 @@ def estimate(
     from nxm_export.pipeline.estimate import estimate as estimate_run
 
     request, choice = planned(
-        Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+        PlanArguments(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
     request = replace(
         with_data(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=names_of(backend)
@@ -190,7 +190,7 @@ def compress(
     from nxm_export.pipeline.run import compress_model
 
     request, choice = planned(
-        Asked(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
+        PlanArguments(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
     )
     return compress_model(
         with_data(request, revision, train_limit, more_text), out, plan=choice.file, progress=progress

@@ -66,7 +66,7 @@ def _spec(pattern: str | NMPattern | None, weight_bits: int | None) -> WeightSpe
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanArguments:
     """What `run`, `estimate` and `compress` were told about the plan, as they got it."""
 
     pattern: str | NMPattern | Default | None
@@ -100,7 +100,7 @@ class Asked:
 
 
 def planned(
-    asked: Asked,
+    arguments: PlanArguments,
     model: str | Path,
     train: str | Path,
     dev: str | Path,
@@ -113,14 +113,14 @@ def planned(
     from nxm_export.pipeline.plan_choice import PlanChoice
     from nxm_export.pipeline.request import Request
 
-    asked.require_one()
-    options = asked.options
+    arguments.require_one()
+    options = arguments.options
     request = Request(
         model=str(model),
         task=task,
         train=str(train),
         dev=str(dev),
-        spec=asked.spec(),
+        spec=arguments.spec(),
         settings=settings or Settings(),
         columns=columns,
         placement=options.placement,
@@ -128,7 +128,7 @@ def planned(
         embedding=options.embedding,
         keep_dense=options.keep_dense,
     )
-    choice = PlanChoice(asked.plan, _search_of(request, asked.search))
+    choice = PlanChoice(arguments.plan, _search_of(request, arguments.search))
     return replace(request, planned=choice.given), choice
 
 

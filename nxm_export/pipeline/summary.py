@@ -21,8 +21,8 @@ from nxm_export.contract.records.checkpoint_metrics import (
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import (
     ChosenEngine,
+    CosineSimilarity,
     EngineParity,
-    Likeness,
     OneClass,
     RtxBuild,
     RunSummary,
@@ -30,7 +30,7 @@ from nxm_export.contract.records.run_summary import (
     TrainingFacts,
 )
 from nxm_export.contract.tasks import TASKS
-from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, QUANTIZED, YARDSTICK
+from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, BASELINE, QUANTIZED
 from nxm_export.storage.json_files import convert
 from nxm_export.storage.run_dir import RunDir
 from nxm_export.storage.versions import installed_versions, other_versions
@@ -72,8 +72,8 @@ def summarize(
     benches = {file.stem: read_bench_report(file) for file in files}
     reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in engines.compared}
     spec = load_spec(directory.path("onnx", "cpu"))
-    ours, theirs = (_outputs(directory, name) for name in (chosen.name, YARDSTICK))
-    interval, likeness = _against_dense(spec, dense.metric, ours, theirs)
+    ours, theirs = (_outputs(directory, name) for name in (chosen.name, BASELINE))
+    interval, similarity = _against_dense(spec, dense.metric, ours, theirs)
     blind = _one_class(spec, dense.metric, theirs)
     rtx = next((name for name in engines.graphs if name == f"{AHEAD_OF_TIME}-fp16-{kind_of(plan)}"), None)
     return RunSummary(
@@ -82,7 +82,7 @@ def summarize(
         dense=dense.value,
         compressed=reports[chosen.name].engine_value,
         difference_interval=interval,
-        cosine_to_dense=likeness,
+        cosine_to_dense=similarity,
         one_class=blind,
         checkpoint=compressed.value,
         compression={counting: plan.compression(counting) for counting in COUNTINGS},
@@ -145,7 +145,7 @@ def _outputs(directory: RunDir, engine: str) -> dict[str, np.ndarray]:
 
 def _against_dense(
     spec: IOSpec, metric: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
-) -> tuple[tuple[float | None, float | None], Likeness | None]:
+) -> tuple[tuple[float | None, float | None], CosineSimilarity | None]:
     """(paired 95 % interval of the compressed minus the dense metric, how alike their embeddings are), from the outputs
     of both."""
     from engines.parity.decisions import cosines
@@ -164,7 +164,7 @@ def _against_dense(
         return (finite(low), finite(high)), None
     first = next(iter(task.outputs))
     alike = cosines(theirs[first], ours[first])
-    return (finite(low), finite(high)), Likeness(float(alike.mean()), float(alike.min()))
+    return (finite(low), finite(high)), CosineSimilarity(float(alike.mean()), float(alike.min()))
 
 
 def _one_class(spec: IOSpec, metric: str, outputs: Mapping[str, np.ndarray]) -> OneClass | None:

@@ -93,10 +93,9 @@ def compare(
     features: Sequence[Features],
     *,
     gates: Sequence[Gate] = (),
-    batch_size: int = MAX_ROWS,
 ) -> ParityReport:
     """`compare_all` of one engine."""
-    return compare_all(checkpoint, [engine], features, gates=gates, batch_size=batch_size).reports[0]
+    return compare_all(checkpoint, [engine], features, gates=gates).reports[0]
 
 
 def compare_all(

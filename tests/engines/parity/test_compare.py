@@ -25,9 +25,9 @@ from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.origin import Origin
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, ServeError
-from tests.engines.parity.test_bisect import dev_features
 from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
+from tests.support.dev_features import dev_features
 
 
 def nxm(*arguments: object) -> Result:

@@ -25,6 +25,7 @@ from nxm_export.graph.reading.graph_weights import graph_weights, load_graph
 from nxm_export.graph.targets import TARGETS
 from nxm_export.graph.verifier import embedded_plan, verify
 from tests.support import baked, onnx_text, tiny
+from tests.support.dev_features import dev_features
 from tests.support.variants import variants
 
 # A new family or task is exported and compared here by itself.
@@ -219,13 +220,10 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
 ) -> None:
     """On its real dev sentences, as ONNX Runtime optimizes the plain file."""
     from engines.parity.parts import run_all
-    from nxm_export.data.examples import encode, index_of, load_raw, with_classes
-    from nxm_export.data.tokenization import load_tokenizer
 
     checkpoint, graph = tiny_checkpoint(family), tiny_graph(family, placement)
     spec, plan = load_spec(graph), at_placement(open_checkpoint(checkpoint).plan, placement)
-    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), index_of(spec.labels))
-    features = encode(load_tokenizer(graph), examples, spec.max_length, spec.inputs)
+    features = dev_features(checkpoint, graph)
 
     class Graph:
         inputs, outputs = spec.inputs, tuple(spec.outputs)

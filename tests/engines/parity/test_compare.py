@@ -209,16 +209,19 @@ def test_the_maximum_length_is_that_of_each_engine(
     }  # fmt: skip
 
 
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("bert")
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
+    """An engine of it, to be spoilt."""
+    return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
+
+
 class TestNotFinite:
     """Engines, and checkpoints, whose outputs are no numbers or hardly any."""
-
-    @pytest.fixture
-    def checkpoint(self, tiny_checkpoint: Callable[..., Path]) -> Path:
-        return tiny_checkpoint("bert")
-
-    @pytest.fixture
-    def engine(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
-        return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
 
     @pytest.mark.parametrize(("value", "expected"), [(-np.inf, None), (np.nan, None), (3e38, 3e38), (-3e38, 3e38)])
     def test_an_engine_fails_and_its_report_is_written(
@@ -354,14 +357,6 @@ class TestSkipped:
 
 class TestRefused:
     """Nothing of this is compared, and nothing is written."""
-
-    @pytest.fixture
-    def checkpoint(self, tiny_checkpoint: Callable[..., Path]) -> Path:
-        return tiny_checkpoint("bert")
-
-    @pytest.fixture
-    def engine(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
-        return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
 
     def refused(self, message: str, code: int, *arguments: object, engine: Path) -> None:
         result = nxm("compare", *arguments)

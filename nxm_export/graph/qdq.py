@@ -12,9 +12,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from nxm_export.errors import ExportError
+
+INT8 = (-128, 127)
+
+
+def quantize(x: np.ndarray, scale: npt.ArrayLike, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
+    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8: ONNX QuantizeLinear with zero point 0.
+
+    Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
+    """
+    kind = np.promote_types(x.dtype, np.float32)
+    codes: np.ndarray = np.clip(np.rint(x.astype(kind) / np.asarray(scale).astype(kind)), qmin, qmax).astype(np.int8)
+    return codes
+
+
+def dequantize(codes: np.ndarray, scale: npt.ArrayLike, dtype: np.dtype | type = np.float32) -> np.ndarray:
+    """``codes * scale``: ONNX DequantizeLinear, zero point 0."""
+    values: np.ndarray = codes.astype(dtype) * np.asarray(scale, dtype)
+    return values
 
 
 @dataclass(frozen=True)

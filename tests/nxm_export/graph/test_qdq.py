@@ -6,7 +6,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import pytest
@@ -17,10 +16,12 @@ from hypothesis.extra import numpy as hnp
 from engines.ort.backend import unsigned_activations
 from nxm_export.errors import ExportError
 from nxm_export.graph.qdq import (
+    dequantize,
     fold_float_weight,
     fold_weight_qdq,
     insert_activation_qdq,
     linears_of,
+    quantize,
     require_scale,
 )
 from tests.support import onnx_text
@@ -56,22 +57,6 @@ FLOAT = """
       y = Add(m, b)
     }
 """
-
-
-def quantize(x: np.ndarray, scale: npt.ArrayLike, qmin: int = -128, qmax: int = 127) -> np.ndarray:
-    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8: ONNX QuantizeLinear with zero point 0.
-
-    Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
-    """
-    kind = np.promote_types(x.dtype, np.float32)
-    codes: np.ndarray = np.clip(np.rint(x.astype(kind) / np.asarray(scale).astype(kind)), qmin, qmax).astype(np.int8)
-    return codes
-
-
-def dequantize(codes: np.ndarray, scale: npt.ArrayLike, dtype: np.dtype | type = np.float32) -> np.ndarray:
-    """``codes * scale``: ONNX DequantizeLinear, zero point 0."""
-    values: np.ndarray = codes.astype(dtype) * np.asarray(scale, dtype)
-    return values
 
 
 def by_integers(x: np.ndarray) -> np.ndarray:

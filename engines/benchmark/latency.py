@@ -94,6 +94,7 @@ def bench(
     *,
     rounds: int = 30,
     vocabulary: int | None = VOCABULARY,
+    seed: int = 0,
 ) -> BenchReport:
     """Time `engines` at `shapes` (batch, sequence) with random token ids below `vocabulary` and no padding, or what
     `engines.sample_inputs` makes up.
@@ -111,14 +112,14 @@ def bench(
     for batch, sequence in shapes:
         timers: dict[str, Callable[[], float]] = {}
         for name, engine in engines.items():
-            timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed=0))
+            timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed))
         taken = interleaved(timers, rounds, settle=engines[names[0]].clock == Closing.clock)
         for name in names:
             low, middle, high, p95, p99 = map(float, np.percentile(taken[name], [25, 50, 75, 95, 99]))
             clock = engines[name].clock
             timings.append(Timing(name, batch, sequence, middle, (low, high), rounds, clock, p95, p99))
             if name != names[0]:
-                speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]))
+                speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
                 ratios.append(Speedup(name, names[0], batch, sequence, speedup, bounds))
     return BenchReport(tuple(timings), tuple(ratios))
 

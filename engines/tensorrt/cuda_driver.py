@@ -41,14 +41,13 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuEventElapsedTime": (ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_void_p),
     "cuEventDestroy_v2": (ctypes.c_void_p,),
 }
-_FIRST = 0  # the number of the GPU; `CUDA_VISIBLE_DEVICES` says which one that is
 
 
-def device_facts() -> dict[str, str]:
+def device_facts(index: int = 0) -> dict[str, str]:
     """Name, compute capability, driver and CUDA version of a GPU; raises `EngineUnavailable` where there is none."""
     driver = _driver()
     device, value = ctypes.c_int(), ctypes.c_int()
-    _check(driver, "cuDeviceGet", ctypes.byref(device), _FIRST)
+    _check(driver, "cuDeviceGet", ctypes.byref(device), index)
     name = ctypes.create_string_buffer(256)
     _check(driver, "cuDeviceGetName", name, len(name), device)
     capability = []
@@ -64,11 +63,11 @@ def device_facts() -> dict[str, str]:
     }
 
 
-def device_memory() -> int:
+def device_memory(index: int = 0) -> int:
     """Bytes of a GPU's memory, all of it; raises `EngineUnavailable` where there is none."""
     driver = _driver()
     device, size = ctypes.c_int(), ctypes.c_size_t()
-    _check(driver, "cuDeviceGet", ctypes.byref(device), _FIRST)
+    _check(driver, "cuDeviceGet", ctypes.byref(device), index)
     _check(driver, "cuDeviceTotalMem_v2", ctypes.byref(size), device)
     return int(size.value)
 
@@ -76,10 +75,10 @@ def device_memory() -> int:
 class Device:
     """A GPU's primary context, with one stream; memory is addressed by integers, as TensorRT wants it."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
         self._driver = _driver()
         device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(device), _FIRST)
+        self._call("cuDeviceGet", ctypes.byref(device), index)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._device, self._context = device, context
         self.activate()

@@ -21,8 +21,8 @@ from nxm_export.contract.records.checkpoint_metrics import (
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import (
     ChosenEngine,
-    CosineSimilarity,
     EngineParity,
+    Likeness,
     OneClass,
     RtxBuild,
     RunSummary,
@@ -145,7 +145,7 @@ def _outputs(directory: RunDir, engine: str) -> dict[str, np.ndarray]:
 
 def _against_dense(
     spec: IOSpec, metric: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
-) -> tuple[tuple[float | None, float | None], CosineSimilarity | None]:
+) -> tuple[tuple[float | None, float | None], Likeness | None]:
     """(paired 95 % interval of the compressed minus the dense metric, how alike their embeddings are), from the outputs
     of both."""
     from engines.parity.decisions import cosines
@@ -164,7 +164,7 @@ def _against_dense(
         return (finite(low), finite(high)), None
     first = next(iter(task.outputs))
     alike = cosines(theirs[first], ours[first])
-    return (finite(low), finite(high)), CosineSimilarity(float(alike.mean()), float(alike.min()))
+    return (finite(low), finite(high)), Likeness(float(alike.mean()), float(alike.min()))
 
 
 def _one_class(spec: IOSpec, metric: str, outputs: Mapping[str, np.ndarray]) -> OneClass | None:

@@ -46,7 +46,7 @@ class ShapeLatency:
 
 
 @dataclass(frozen=True)
-class CosineSimilarity:
+class Likeness:
     """Cosine of the compressed model's embeddings to the dense model's, over the held-out samples."""
 
     mean: float
@@ -140,7 +140,7 @@ class RunSummary:
     embedding: str = "float"
     chosen: ChosenEngine | None = None  # in summaries of older versions the one of ONNX Runtime
     sparse_verdicts: Mapping[str, str] = field(default_factory=dict)  # by backend: what its twins say about 2:4
-    cosine_to_dense: CosineSimilarity | None = None  # of embedding models
+    cosine_to_dense: Likeness | None = None  # of embedding models
     one_class: OneClass | None = None  # where a sample has one class; not in summaries of older versions
     versions: Mapping[str, str] = field(default_factory=dict)  # of packages, that engines were compared and timed by
     other_versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -11,8 +11,8 @@ import pytest
 from nxm_export.contract.records.run_summary import (
     DIRECTORY,
     SUMMARY_FILE,
-    CosineSimilarity,
     EngineParity,
+    Likeness,
     OneClass,
     RunSummary,
     read_summary,
@@ -35,7 +35,7 @@ def saved(directory: Path, text: str) -> Path:
     [
         SUMMARY,
         replace(SUMMARY, dense=None, difference_interval=(None, None), trt_rtx=None),
-        replace(SUMMARY, embedding="int8", cosine_to_dense=CosineSimilarity(0.99, 0.9)),
+        replace(SUMMARY, embedding="int8", cosine_to_dense=Likeness(0.99, 0.9)),
         replace(SUMMARY, one_class=OneClass("good", 0.5, (0.1, 0.4))),
     ],
     ids=["classification", "without numbers", "embeddings", "one class"],

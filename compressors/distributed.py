@@ -39,12 +39,6 @@ def start() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
-def finish() -> None:
-    """Leave the other processes; nothing shared works afterwards."""
-    if world_size() > 1 and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def device() -> torch.device:
     """The accelerator of this process, else the CPU."""
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from nxm_export.contract.families import family_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
-from nxm_export.data.tokenizer_settings import read_tokenizer_settings, settle
+from nxm_export.data.tokenizer_settings import apply_settings, read_tokenizer_settings
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.deberta import split_shared_projections, write_out_attention
 from nxm_export.hf.model_loading import Loading, load_pretrained, quiet_transformers
@@ -128,7 +128,7 @@ def load_tokenizer(source: ModelSource) -> FastTokenizer:
         raise ArtifactError(f"{source.path}: it has no fast tokenizer (tokenizer.json), which engines need")
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ArtifactError(f"{source.path}: its tokenizer knows no token but special ones; restore its vocabulary")
-    settle(cast("tokenizers.Tokenizer", tokenizer.backend_tokenizer), read_tokenizer_settings(source.path))
+    apply_settings(cast("tokenizers.Tokenizer", tokenizer.backend_tokenizer), read_tokenizer_settings(source.path))
     return tokenizer
 
 

@@ -66,10 +66,10 @@ def round_to_grid(weight: Tensor, scale: Tensor, qmax: int) -> Tensor:
     return torch.round(weight / scale).clamp_(-qmax, qmax) * scale
 
 
-def mse_scale(weight: Tensor, qmax: int, *, points: int = 71, lowest: float = 0.30, refinements: int = 10) -> Tensor:
+def mse_scale(weight: Tensor, qmax: int, *, points: int = 71, refinements: int = 10) -> Tensor:
     """Scale (out, 1) per channel that minimises the squared rounding error of `weight` (out, in).
 
-    A grid from `lowest` to 1 times the max-abs scale, then least-squares refinements ``s = <k, w> / <k, k>`` for the
+    A grid from 0.3 to 1 times the max-abs scale, then least-squares refinements ``s = <k, w> / <k, k>`` for the
     codes ``k`` at hand, each kept only where it lowers the error. All-zero channels get scale 1.
     """
     largest = weight.abs().amax(dim=1, keepdim=True) / qmax  # (out, 1)
@@ -77,7 +77,7 @@ def mse_scale(weight: Tensor, qmax: int, *, points: int = 71, lowest: float = 0.
     best, scratch = largest.clone(), torch.empty_like(weight)
     error = _squared_error(weight, best, qmax, scratch)
     if qmax < 127:  # at 8 bits any scale near max-abs is as good, and the grid costs time
-        for factor in torch.linspace(lowest, 1.0, points)[:-1].tolist():
+        for factor in torch.linspace(0.3, 1.0, points)[:-1].tolist():
             error = _keep_better(weight, largest * factor, qmax, best, error, scratch)
     for _ in range(refinements):
         codes = torch.div(weight, best, out=scratch).round_().clamp_(-qmax, qmax)

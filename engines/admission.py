@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from engines.devices import running_on
 from engines.parity.reports import PARITY_FILE, read_parity_report
-from engines.passport import EnginePassport, load_passport, running_on
+from engines.passport import EnginePassport, load_passport
 from nxm_export.contract.choices import GATE, GATES
 from nxm_export.errors import ArtifactError, ParityError, ServeError, notice
 from nxm_export.storage.unreadable import is_without_room

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from engines.passport import EnginePassport
-    from engines.sparsity.judgement import SparsityReport
+    from engines.sparsity.sparsity_report import SparsityReport
 
 MOST_SHAPES = 16  # that an engine keeps compiled: each takes memory and time to load
 MOST_THREADS = 65536

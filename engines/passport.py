@@ -10,7 +10,6 @@ build; results of comparing or timing an engine are files beside it that name it
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import BACKENDS, COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile, backend
+from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -501,31 +500,3 @@ def _current_names(graph: Mapping[str, T]) -> dict[str, T]:
     """The facts of a graph under today's names, from those of nxm-onnx/1."""
     renamed = {"islands": "precision_overrides", "table": "embedding_sha256"}
     return {renamed.get(key, key): text for key, text in graph.items()}
-
-
-def running_on(passport: EnginePassport) -> str | None:
-    """What an engine runs on here: this CPU with its instruction sets, or the GPU that its passport insists on; None
-    where nobody knows."""
-    if passport.backend not in BACKENDS:
-        return None
-    if backend(passport.backend).CAPABILITIES.device == "gpu":
-        return passport.requires.get("gpu")
-    device = cpu_device()
-    name, features = device.get("name"), device.get("features")
-    return f"{name} ({features})" if name and features else name
-
-
-def cpu_device() -> dict[str, str]:
-    """Name and instruction sets of this CPU, as far as Linux says."""
-    device = {"kind": "cpu", "machine": platform.machine(), "system": platform.platform()}
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return device
-    lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    flags = set(lines.get("flags", "").split())
-    features = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
-    return device | {
-        "name": lines.get("model name", "unknown"),
-        "features": " ".join(flag for flag in features if flag in flags),
-    }

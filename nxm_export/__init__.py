@@ -87,13 +87,8 @@ if TYPE_CHECKING:
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.estimate import RunEstimate
-    from nxm_export.pipeline.inspection import (
-        CheckpointFacts,
-        EngineInspection,
-        FileDiagnosis,
-        GraphFacts,
-        RunInspection,
-    )
+    from nxm_export.pipeline.file_diagnosis import FileDiagnosis
+    from nxm_export.pipeline.inspection import CheckpointFacts, EngineInspection, GraphFacts, RunInspection
     from nxm_export.progress import Progress
 
 # Public name -> the module that has it. Tests hold it against the imports above.
@@ -139,9 +134,9 @@ _HOMES = {
     "MachineReport": "nxm_export.pipeline.environment",
     "RunEstimate": "nxm_export.pipeline.estimate",
     **dict.fromkeys(
-        ("CheckpointFacts", "EngineInspection", "FileDiagnosis", "GraphFacts", "RunInspection"),
-        "nxm_export.pipeline.inspection",
+        ("CheckpointFacts", "EngineInspection", "GraphFacts", "RunInspection"), "nxm_export.pipeline.inspection"
     ),
+    "FileDiagnosis": "nxm_export.pipeline.file_diagnosis",
     "Progress": "nxm_export.progress",
     "Columns": "nxm_export.data.columns",
     "MoreText": "nxm_export.data.more_text",

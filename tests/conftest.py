@@ -118,12 +118,12 @@ def tiny_checkpoint(made_once: Callable[[str, Callable[[Path], object]], Path]) 
 @pytest.fixture(scope="session", autouse=True)
 def shared_traces() -> Iterator[SharedTraces]:
     """Exports of this process trace every architecture once (see `SharedTraces`)."""
-    from nxm_export.graph import exporter
+    from nxm_export.graph import exporter, tracing
     from tests.support.shared_traces import SharedTraces
 
     with pytest.MonkeyPatch.context() as patch:
-        traces = SharedTraces(exporter._trace)
-        patch.setattr(exporter, "_trace", traces)
+        traces = SharedTraces(tracing.trace)
+        patch.setattr(exporter, "trace", traces)
         yield traces
 
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from engines.passport import cpu_device
+from engines.devices import cpu_device
 from nxm_export.pipeline.demo import model_directory, write_data
 from nxm_export.storage.atomic import write_atomic
 from tools import ROOT

@@ -44,7 +44,7 @@ RetainedShares = dict[str, tuple[float, float]]
 
 @torch.no_grad()
 def permute_channels(
-    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object], rounds: int = ROUNDS
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object]
 ) -> RetainedShares:
     """Reorder the free channels inside the blocks of `model`, in place, for the patterns of `plan`.
 
@@ -60,7 +60,7 @@ def permute_channels(
                 continue
             scores = _scores(reader)
             parts = torch.split(scores, size, dim=1)
-            order = torch.cat([channel_order(part, pattern, rounds) + i * size for i, part in enumerate(parts)])
+            order = torch.cat([channel_order(part, pattern) + i * size for i, part in enumerate(parts)])
             shares[name] = _shares(scores, order, pattern)
             _move_inputs(reader, order)
             for writer in _writers(model, family, block, tensor):
@@ -85,7 +85,7 @@ def _within_rows(order: Tensor, rows: int, *, repeats: bool) -> Tensor:
 
 @torch.no_grad()
 def residual_order(
-    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object], rounds: int = ROUNDS
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object]
 ) -> tuple[Tensor, RetainedShares]:
     """The order (hidden,) of the residual stream under which what reads it keeps more, and every matrix that this
     concerns.
@@ -100,7 +100,7 @@ def residual_order(
     pattern = patterns.most_common(1)[0][0]
     scores = {name: _scores(_linear(model, name)) for name in readers if plan.weights[name].pattern == pattern}
     rows = torch.cat(list(scores.values()))
-    order = channel_order(rows[:: -(-len(rows) // _RESIDUAL_ROWS)], pattern, rounds)
+    order = channel_order(rows[:: -(-len(rows) // _RESIDUAL_ROWS)], pattern)
     return order, {name: _shares(score, order, pattern) for name, score in scores.items()}
 
 

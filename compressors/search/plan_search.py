@@ -24,7 +24,7 @@ from compressors.process_setup import prepare_process
 from compressors.pruning.layer_inputs import require_enough_tokens
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.quantization.prepare_bake import prepare
-from compressors.search.plan_selection import Selection, Selector, Trial, WeightOptions, write_trials
+from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
 from compressors.search.sensitivity import (
     MOMENTS_IN_MEMORY,
     Batches,
@@ -33,6 +33,7 @@ from compressors.search.sensitivity import (
     write_sensitivities,
 )
 from compressors.search.settings import SearchSettings
+from compressors.search.weight_options import WeightOptions
 from compressors.settings import Settings
 from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student

@@ -1,6 +1,6 @@
 """From a dense task model to a compressed checkpoint.
 
-``finetune`` makes the dense model, which is the teacher and the yardstick; ``compress`` takes it through the phases
+``finetune`` makes the dense model, which is the teacher and the baseline; ``compress`` takes it through the phases
 (`compressors.training.phases`), bakes the result into plain weights, and saves it with its plan, scales and metrics.
 """
 

@@ -69,7 +69,7 @@ class Student(nn.Module):
                 loss = loss + self.losses.hidden * hidden_loss(output.hidden_states, taught.hidden, taught.rows)
         return {"loss": loss, "logits": output.logits}
 
-    def settle(self) -> None:
+    def apply_averages(self) -> None:
         """Training is over: give the model its averaged weights, where there are any."""
         if self.averages is not None:
             self.averages.put()
@@ -179,7 +179,7 @@ class _SquaredError(torch.autograd.Function):
 squared_error: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _SquaredError.apply
 
 
-def lighten(teacher: nn.Module, model: nn.Module, bf16: bool) -> None:
+def free_teacher_memory(teacher: nn.Module, model: nn.Module, bf16: bool) -> None:
     """Free memory of a frozen `teacher`, in place, without a change of what it answers while `model` is trained.
 
     Parameters that `model` has with the same values and does not train become the model's own: embedding tables, which

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of the class distributions, times T**2 (Hinton et al. 2015); (batch, classes)."""
-    reference = (teacher.float() / temperature).log_softmax(dim=-1)
-    actual = (student.float() / temperature).log_softmax(dim=-1)
-    return functional.kl_div(actual, reference, log_target=True, reduction="batchmean") * temperature**2
+def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of the class distributions; (batch, classes)."""
+    reference = teacher.float().log_softmax(dim=-1)
+    actual = student.float().log_softmax(dim=-1)
+    return functional.kl_div(actual, reference, log_target=True, reduction="batchmean")
 
 
 def labels_loss(student: Tensor, teacher: Tensor) -> Tensor:

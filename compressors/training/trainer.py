@@ -39,7 +39,7 @@ from compressors.training.callbacks import (
     JsonLog,
     ProgressCallback,
 )
-from compressors.training.distillation import Student, known_labels, lighten
+from compressors.training.distillation import Student, free_teacher_memory, known_labels
 from compressors.training.resume import pin
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
@@ -157,7 +157,7 @@ def run_phase(
     )
     student.to(arguments.device)
     if teacher is not None:
-        lighten(teacher.eval().to(arguments.device), model, arguments.bf16)
+        free_teacher_memory(teacher.eval().to(arguments.device), model, arguments.bf16)
     callbacks = list(callbacks)
     if phase.average:
         student.averages = AveragedWeights(model, phase.average * phase.steps)
@@ -177,7 +177,7 @@ def run_phase(
     with quiet_log(), disk_errors(data.work_dir):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
-    student.settle()
+    student.apply_averages()
     if trainer.is_world_process_zero():
         partial = finished.with_suffix(".partial")
         with disk_errors(finished):

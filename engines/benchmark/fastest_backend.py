@@ -23,7 +23,6 @@ from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for,
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.storage.json_files import to_json_object
 
-NAME = "auto"
 SCHEMA = "nxm-choice/1"
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # (batch, sequence), unless the user says others
 ROUNDS = 15

@@ -23,6 +23,7 @@ import numpy as np
 
 from engines.base import Closing, Engine
 from engines.sample_inputs import nearest_shape, require_shape, sample_feeds
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import read_record, to_json_object
@@ -60,25 +61,12 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times faster `name` is than `reference` at one shape: median of paired ratios with its 95 % interval
-    (see `paired`)."""
-
-    name: str
-    reference: str
-    batch: int
-    sequence: int
-    speedup: float
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
 class BenchReport:
     """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict.
     `machine` is the CPU or GPU that they were timed on, where that is known: engines may have been built on another."""
 
     timings: tuple[Timing, ...]
-    ratios: tuple[Ratio, ...]
+    ratios: tuple[Speedup, ...]
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
     machine: str | None = None
@@ -121,7 +109,7 @@ def bench(
     if len({engine.clock for engine in engines.values()}) > 1:
         raise EngineError("engines on the CPU and on the GPU are timed by different clocks; time them in two runs")
     timings: list[Timing] = []
-    ratios: list[Ratio] = []
+    ratios: list[Speedup] = []
     for batch, sequence in shapes:
         timers: dict[str, Callable[[], float]] = {}
         for name, engine in engines.items():
@@ -134,7 +122,7 @@ def bench(
             timings.append(Timing(name, batch, sequence, middle, (low, high), rounds, clock, p95, p99))
             if name != names[0]:
                 speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
-                ratios.append(Ratio(name, names[0], batch, sequence, speedup, bounds))
+                ratios.append(Speedup(name, names[0], batch, sequence, speedup, bounds))
     return BenchReport(tuple(timings), tuple(ratios))
 
 
@@ -169,7 +157,7 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
     return f"2:4 pays from batch x sequence >= {first.batch * first.sequence} on {gpu}; best {_at(best)}"
 
 
-def _at(ratio: Ratio) -> str:
+def _at(ratio: Speedup) -> str:
     low, high = ratio.interval
     return f"{ratio.speedup:.2f}x ({low:.2f} to {high:.2f}) at {ratio.batch}x{ratio.sequence}"
 

@@ -44,7 +44,7 @@ from engines.cusparselt.report import sparsity_report
 from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from engines.sample_inputs import nearest_shape, sample_feeds
 from engines.sparsity.engine_report import FACTS_FILE, write_weight_facts
-from engines.sparsity.judgement import SparsityReport, SparsityTarget
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget
 from engines.tensorrt.profiles import graph_inputs, profiles_for
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import to_builtins

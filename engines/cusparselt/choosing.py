@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Literal
 from engines.base import Profile
 from engines.cusparselt.fusing import Compile, Function
 from engines.cusparselt.kernels import DENSE, FORMS, ROWS_STEP, Call, Form, Kernels, Taken, raise_if_lost
-from engines.cusparselt.products import Epilogue, Matrix, afters, multiply, padded, sizes_of, sparse_arguments
+from engines.cusparselt.products import (
+    Epilogue,
+    Matrix,
+    epilogue_functions,
+    multiply,
+    padded,
+    sizes_of,
+    sparse_arguments,
+)
 from engines.cusparselt.program import Choice, Measurement, Product, Program
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
@@ -51,7 +59,7 @@ def choices_for(
         if product.two_four:
             sizes.setdefault(sizes_of(product), product)
     choices: list[Choice] = []
-    after = afters(compile_)
+    after = epilogue_functions(compile_)
     for done, product in enumerate(sizes.values()):
         progress(f"products of {product.n} x {product.k}", done, len(sizes))
         trial = Trial(kernels, product, tensors, after)

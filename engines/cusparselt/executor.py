@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from engines.cusparselt.fusing import FUSED, Compile, Fuser, fused_run
 from engines.cusparselt.kernels import DENSE, FORMS, Kernels
-from engines.cusparselt.operators import HOST, Numbers, compute, known
+from engines.cusparselt.operators import HOST, Inputs, Numbers, compute, known
 from engines.cusparselt.products import Products
 from engines.cusparselt.program import PRODUCT, Known, Program, Step
 from nxm_export.errors import EngineError, notice
@@ -246,9 +246,8 @@ def _shape_of(feeds: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
 def _shape(source: Tensor, step: Step) -> Tensor:
     import torch
 
-    start, end = step.attributes.get("start", 0), step.attributes.get("end", source.dim())
-    assert isinstance(start, int)
-    assert isinstance(end, int)
+    given = Inputs(step.op, (source,), step.attributes)
+    start, end = given.whole("start", 0), given.whole("end", source.dim())
     return torch.tensor(tuple(source.shape)[start:end], dtype=torch.int64)
 
 

@@ -80,20 +80,34 @@ class Inputs:
 
     def whole(self, name: str, default: int) -> int:
         """An attribute that is a whole number."""
-        return cast(int, self._attributes.get(name, default))
+        value = self._attributes.get(name, default)
+        if not isinstance(value, int):
+            raise self._wrong(name, "a whole number", value)
+        return value
 
     def number(self, name: str, default: float) -> float:
         """An attribute that is a number."""
-        return float(cast(float, self._attributes.get(name, default)))
+        value = self._attributes.get(name, default)
+        if not isinstance(value, (int, float)):
+            raise self._wrong(name, "a number", value)
+        return float(value)
 
     def text(self, name: str, default: str) -> str:
         """An attribute that is a text."""
-        return cast(str, self._attributes.get(name, default))
+        value = self._attributes.get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a text", value)
+        return value
 
     def whole_numbers(self, name: str) -> Numbers | None:
         """An attribute that is a list of whole numbers."""
         value = self._attributes.get(name)
-        return tuple(value) if isinstance(value, (tuple, list)) else None
+        if value is not None and not isinstance(value, tuple):
+            raise self._wrong(name, "a list of whole numbers", value)
+        return value
+
+    def _wrong(self, name: str, expected: str, value: Attribute) -> EngineError:
+        return EngineError(f"{self.op}: attribute {name} must be {expected}, got {value!r}; build the engine again")
 
 
 def compute(op: str, values: Sequence[Tensor | Numbers | None], attributes: Attributes) -> tuple[Tensor, ...]:

@@ -108,7 +108,7 @@ def _sparse(kernels: Kernels, matrix: Matrix, epilogue: Epilogue, x: Tensor, for
     return y if form.fused else epilogue.after(y)
 
 
-def afters(compile_: Compile) -> Callable[[str], Function]:
+def epilogue_functions(compile_: Compile) -> Callable[[str], Function]:
     """The function of (sums, scale, bias) behind int32 sums, by the type of its output; each is compiled once."""
 
     @cache
@@ -132,7 +132,7 @@ class Products:
     """All products of a program, on the device."""
 
     def __init__(self, program: Program, tensors: Mapping[str, Tensor], kernels: Kernels, compile_: Compile) -> None:
-        after = afters(compile_)
+        after = epilogue_functions(compile_)
         self._kernels, self._products = kernels, program.products
         self._matrices: dict[str, Matrix] = {}
         self._epilogues: dict[str, Epilogue] = {}

@@ -18,8 +18,9 @@ from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.program import Choice, Measurement, Product, Program
 from engines.passport import EnginePassport
 from engines.sparsity.engine_report import read_weight_facts
-from engines.sparsity.judgement import SparsityReport, WeightSparsity, judge
+from engines.sparsity.judgement import judge
 from engines.sparsity.kernel_names import kernel_named
+from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 
 _OPEN = ("no-engine", "kernel-unknown")  # of a graph alone: nothing in the file stands in the way

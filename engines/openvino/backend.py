@@ -45,9 +45,10 @@ from engines.compiled_shapes import (
     shapes_to_compile,
     smallest_holding,
 )
+from engines.devices import cpu_device
 from engines.memory import tell_compiled_shapes
 from engines.openvino.requests import RequestPool
-from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
+from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from engines.sample_inputs import sample_feeds, shape_at
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan

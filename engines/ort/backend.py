@@ -31,8 +31,9 @@ from engines.base import (
     require_within,
     spec_of,
 )
+from engines.devices import cpu_device
 from engines.ort.graph_rewrites import fused_attention, integer_products, plain_attention
-from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
+from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, notice
 
 if TYPE_CHECKING:

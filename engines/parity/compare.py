@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import Engine
+from engines.devices import running_on
 from engines.memory import reference_memory
 from engines.parity.compatibility import require_alike, require_outputs
 from engines.parity.decisions import (
@@ -67,7 +68,6 @@ from engines.parity.tolerance import (
     floor,
     largest,
 )
-from engines.passport import running_on
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS, Task
@@ -93,10 +93,9 @@ def compare(
     features: Sequence[Features],
     *,
     gates: Sequence[Gate] = (),
-    batch_size: int = MAX_ROWS,
 ) -> ParityReport:
     """`compare_all` of one engine."""
-    return compare_all(checkpoint, [engine], features, gates=gates, batch_size=batch_size).reports[0]
+    return compare_all(checkpoint, [engine], features, gates=gates).reports[0]
 
 
 def compare_all(

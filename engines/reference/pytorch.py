@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     Change = Callable[[Tensor], Tensor]
 
-NAME = "torch_eager"
 EMBEDDINGS = "embeddings"  # the boundary in front of the first block
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from engines.sparsity.judgement import FileProblem, SparsityReport, judge
+from engines.sparsity.judgement import FileProblem, judge
+from engines.sparsity.sparsity_report import SparsityReport
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 
 # What a matrix looks like once its advice was followed: it is one fix away when nothing else stands in the way then.

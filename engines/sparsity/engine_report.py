@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from engines.passport import EnginePassport, load_passport
 from engines.sparsity.build_evidence import Evidence, ambiguous_names, read_evidence
-from engines.sparsity.judgement import ProductNames, SparsityReport, SparsityTarget, judge
+from engines.sparsity.judgement import ProductNames, judge
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget
 from nxm_export.contract.records.matrix_facts import MatrixFacts, UnreadProduct
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.storage.json_files import decode, encode

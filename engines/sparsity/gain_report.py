@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from engines.sparsity.gain import GainBound, GainEstimate, gain_bound, gain_estimate
 from engines.sparsity.gpu_figures import GpuFigures, figures_of
-from engines.sparsity.judgement import SparsityTarget
 from engines.sparsity.kernel_names import Existence, sparse_kernel_exists
+from engines.sparsity.sparsity_report import SparsityTarget
 from engines.sparsity.targets import sparsity_target, target_problems
 from engines.sparsity.workload import Workload
 from nxm_export.contract.choices import LOWERING

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from engines.sparsity.judgement import FileProblem, SparsityTarget
+from engines.sparsity.judgement import FileProblem
+from engines.sparsity.sparsity_report import SparsityTarget
 from nxm_export.contract.choices import TENSORRT_VERSIONS
 from nxm_export.errors import EngineError
 

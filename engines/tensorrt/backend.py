@@ -17,7 +17,7 @@ from engines.base import BackendCapabilities, BuildOptions, LoadOptions, Profile
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LAYERS_FILE, LOG_FILE
 from engines.sparsity.engine_report import FACTS_FILE, read_sparsity_report, write_weight_facts
-from engines.sparsity.judgement import SparsityReport, SparsityTarget
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget
 from engines.tensorrt.builder_process import (
     CACHE_FILE,
     STRONGLY_TYPED_SINCE,

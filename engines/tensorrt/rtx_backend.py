@@ -17,7 +17,7 @@ from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_co
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE, ambiguous_names, integer_products, parse_layers
 from engines.sparsity.engine_report import FACTS_FILE, read_sparsity_report, write_weight_facts
-from engines.sparsity.judgement import SparsityReport, SparsityTarget
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget
 from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
 from engines.tensorrt.profiles import graph_inputs, profiles_for

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import (
+    AUTO_BACKEND,
     BACKEND,
     BENCH_ROUNDS,
     GATE,
@@ -47,7 +48,7 @@ def build(
     """
     from nxm_export.pipeline.engine_builds import ParityCheck, build_engine, build_fastest
 
-    if backend != "auto":
+    if backend != AUTO_BACKEND:
         if shapes is not None or data is not None or checkpoint is not None:
             raise EngineError(f"shapes, data and checkpoint are for backend='auto'; {backend} is built without them")
         return build_engine(graph, out, backend, options)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from nxm_export.api.requests import (
     DEFAULT,
-    Asked,
     Default,
+    PlanArguments,
     PlanOptions,
     names_of,
     pattern_of,
@@ -47,13 +47,8 @@ if TYPE_CHECKING:
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.estimate import RunEstimate
-    from nxm_export.pipeline.inspection import (
-        CheckpointFacts,
-        EngineInspection,
-        FileDiagnosis,
-        GraphFacts,
-        RunInspection,
-    )
+    from nxm_export.pipeline.file_diagnosis import FileDiagnosis
+    from nxm_export.pipeline.inspection import CheckpointFacts, EngineInspection, GraphFacts, RunInspection
 
 
 def run(
@@ -89,7 +84,7 @@ def run(
     from nxm_export.pipeline.run import run as run_all
 
     request, choice = planned(
-        Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+        PlanArguments(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
     request = replace(
         with_data(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=names_of(backend)
@@ -120,7 +115,7 @@ def estimate(
     from nxm_export.pipeline.estimate import estimate as estimate_run
 
     request, choice = planned(
-        Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+        PlanArguments(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
     request = replace(
         with_data(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=names_of(backend)
@@ -195,7 +190,7 @@ def compress(
     from nxm_export.pipeline.run import compress_model
 
     request, choice = planned(
-        Asked(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
+        PlanArguments(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
     )
     return compress_model(
         with_data(request, revision, train_limit, more_text), out, plan=choice.file, progress=progress
@@ -329,9 +324,9 @@ def diagnose(
     `version` is by default the backend's newest that is known here; `compute_capability` may be a name, too
     (``8.9``, ``L4``); `parse` asks the parser of the installed TensorRT-RTX as well.
     """
-    from nxm_export.pipeline.inspection import doctor_file
+    from nxm_export.pipeline.file_diagnosis import diagnose_file
 
-    return doctor_file(Path(graph), backend, version, compute_capability, parse=parse)
+    return diagnose_file(Path(graph), backend, version, compute_capability, parse=parse)
 
 
 def show(run_directory: str | Path) -> RunSummary:

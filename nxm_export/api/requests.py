@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
     from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _spec(pattern: str | NMPattern | None, weight_bits: int | None) -> WeightSpe
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanArguments:
     """What `run`, `estimate` and `compress` were told about the plan, as they got it."""
 
     pattern: str | NMPattern | Default | None
@@ -77,7 +77,7 @@ class Asked:
 
     def require_one(self) -> None:
         """Raise `PlanError` where two of these say what a weight gets: one would win silently."""
-        from nxm_export.pipeline.run import require_plan_alone
+        from nxm_export.pipeline.plan_choice import require_plan_alone
 
         uniform = {"pattern": self.pattern, "weight_bits": self.weight_bits}
         given = [name for name, value in uniform.items() if not isinstance(value, Default)]
@@ -100,7 +100,7 @@ class Asked:
 
 
 def planned(
-    asked: Asked,
+    arguments: PlanArguments,
     model: str | Path,
     train: str | Path,
     dev: str | Path,
@@ -109,11 +109,26 @@ def planned(
     columns: Columns,
 ) -> tuple[Request, PlanChoice]:
     """The request, and where its plan comes from."""
+    from compressors.settings import Settings
     from nxm_export.pipeline.plan_choice import PlanChoice
+    from nxm_export.pipeline.request import Request
 
-    asked.require_one()
-    request = _request(model, train, dev, task, asked.spec(), settings, columns, asked.options)
-    choice = PlanChoice(asked.plan, _search_of(request, asked.search))
+    arguments.require_one()
+    options = arguments.options
+    request = Request(
+        model=str(model),
+        task=task,
+        train=str(train),
+        dev=str(dev),
+        spec=arguments.spec(),
+        settings=settings or Settings(),
+        columns=columns,
+        placement=options.placement,
+        residual=options.residual,
+        embedding=options.embedding,
+        keep_dense=options.keep_dense,
+    )
+    choice = PlanChoice(arguments.plan, _search_of(request, arguments.search))
     return replace(request, planned=choice.given), choice
 
 
@@ -140,36 +155,6 @@ def _search_of(request: Request, search: float | SearchSettings | None) -> Searc
 def names_of(backend: str | Sequence[str]) -> tuple[str, ...]:
     """The names of one backend or of several."""
     return (backend,) if isinstance(backend, str) else tuple(backend)
-
-
-def _request(
-    model: str | Path,
-    train: str | Path,
-    dev: str | Path,
-    task: str,
-    spec: WeightSpec,
-    settings: Settings | None,
-    columns: Columns,
-    options: PlanOptions,
-) -> Request:
-    """The request of a run. Eight parameters: the choices that `run`, `estimate` and `compress` share, as they got
-    them."""
-    from compressors.settings import Settings
-    from nxm_export.pipeline.run import Request
-
-    return Request(
-        model=str(model),
-        task=task,
-        train=str(train),
-        dev=str(dev),
-        spec=spec,
-        settings=settings or Settings(),
-        columns=columns,
-        placement=options.placement,
-        residual=options.residual,
-        embedding=options.embedding,
-        keep_dense=options.keep_dense,
-    )
 
 
 def with_data(request: Request, revision: str | None, train_limit: int | None, more_text: MoreText | None) -> Request:

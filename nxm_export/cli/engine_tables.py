@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.cusparselt.program import Choice as ProductChoice
-    from engines.sparsity.judgement import SparsityReport
+    from engines.sparsity.sparsity_report import SparsityReport
     from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, Inspection
 
 # What `nxm inspect` shows without --all: no hashes and names of formats, notes of a graph as long as two lines.

@@ -54,14 +54,15 @@ def inspect(
 
     PATH is one of those, a checkpoint, or an ONNX file. Which matrices run sparse is known of engines on a GPU.
     """
-    from nxm_export.pipeline import inspection
+    from nxm_export.pipeline.engine_sparsity import require_sparse as require_share
+    from nxm_export.pipeline.inspection import inspect_path
 
     share = None if require_sparse is None else _share(require_sparse)
     twin, kernels = evidence["twin"], evidence["kernels"]
-    facts = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
+    facts = inspect_path(path, twin=twin, kernels=kernels, measure=measure)
     show_result(facts.to_dict, json, lambda: print_inspection(str(path), facts, everything))
     if share is not None:
-        inspection.require_sparse(path, share, twin=twin, kernels=kernels)
+        require_share(path, share, twin=twin, kernels=kernels)
 
 
 @command(
@@ -201,13 +202,13 @@ def doctor(
             print_next("nxm init my-model", "then nxm run --config nxm.toml")
         return
     from engines.sparsity.targets import sparsity_target
-    from nxm_export.pipeline.inspection import doctor_file
+    from nxm_export.pipeline.file_diagnosis import diagnose_file
 
     try:
         sparsity_target(backend, trt_version, gpu)
     except EngineError as error:
         raise click.UsageError(str(error)) from error
-    diagnosis = doctor_file(file, backend, trt_version, gpu, parse=parse)
+    diagnosis = diagnose_file(file, backend, trt_version, gpu, parse=parse)
     show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis, everything))
 
 

@@ -16,10 +16,10 @@ from nxm_export.cli.tables import GAP, print_rows, print_table, terminal_width
 
 if TYPE_CHECKING:
     from engines.sparsity.advice import Advice
-    from engines.sparsity.judgement import SparsityReport, WeightSparsity
+    from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
     from nxm_export.contract.records.matrix_facts import UnreadProduct
     from nxm_export.contract.records.verify_report import VerifyReport
-    from nxm_export.pipeline.inspection import FileDiagnosis
+    from nxm_export.pipeline.file_diagnosis import FileDiagnosis
 
 # How much of a kind is shown without --all, so that the whole stays on one screen.
 ROWS, FIXES, PROBLEMS = 5, 2, 2

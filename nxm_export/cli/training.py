@@ -48,7 +48,7 @@ from nxm_export.contract.plan import WeightSpec
 
 if TYPE_CHECKING:
     from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
 _OF_PLANS = ("pattern", "weight_bits", "placement", "residual", "embedding", "keep_dense")  # `PLAN_OPTIONS`
 
@@ -244,7 +244,8 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 
     MODEL is a directory or hub id. It is fine-tuned where it has no head for the task.
     """
-    from nxm_export.pipeline.run import compress_model, require_plan_alone
+    from nxm_export.pipeline.plan_choice import require_plan_alone
+    from nxm_export.pipeline.run import compress_model
 
     options = typed(_PlanAndData, values)
     if not options.train or not options.dev:
@@ -376,7 +377,7 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
 
 def _require_run_usage(demo: bool, options: _RunOptions, data: _PlanAndData) -> None:
     """Raise wrong usage where ``nxm run`` lacks what it needs, or is told two things that are one."""
-    from nxm_export.pipeline.run import require_plan_alone
+    from nxm_export.pipeline.plan_choice import require_plan_alone
 
     named = {"MODEL": options.model, "--train": data.train, "--dev": data.dev}
     given = [name for name, value in named.items() if value]
@@ -394,7 +395,7 @@ def _require_run_usage(demo: bool, options: _RunOptions, data: _PlanAndData) -> 
 
 def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
     """What ``nxm run`` and ``nxm compress`` were asked; both have made sure of train and dev data."""
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
     assert options.train
     assert options.dev

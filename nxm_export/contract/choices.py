@@ -4,7 +4,7 @@ What belongs to one settings class stands on its fields instead (`nxm_export.con
 """
 
 TASK = "classification"
-TARGETS = ("cpu", "trt", "trt8")  # of a graph: `nxm_export.graph.exporter.TARGETS` by name
+TARGETS = ("cpu", "trt", "trt8")  # of a graph: `nxm_export.graph.targets.TARGETS` by name
 TARGET = "cpu"
 LOWERINGS = ("matmul", "gemm", "conv1x1")  # how a linear layer is written in a graph
 LOWERING = "matmul"

@@ -150,11 +150,6 @@ class Family:
         return self.final_norm is not None
 
     @property
-    def placements(self) -> tuple[str, ...]:
-        """Those of `PLACEMENTS` that this family can train."""
-        return tuple(name for name in PLACEMENTS if self.attention.quantizable or name not in INT8_ATTENTION)
-
-    @property
     def values(self) -> str:
         """The role of the linear layer that writes attention's values, in its last rows where the matrix is fused."""
         return next(linear.role for linear in self.linears if linear.role in ("value", "qkv"))

@@ -131,7 +131,7 @@ class WeightSpec:
         return "+".join(part for part in parts if part) or "dense"
 
     @classmethod
-    def parse(cls, text: str, *, output_bits: int | None = None) -> WeightSpec:
+    def parse(cls, text: str) -> WeightSpec:
         """Read a weight option: ``2:4+W8``, ``W4``, ``2:4`` or ``dense``; quantized entries get an INT8 input."""
         pattern, bits = None, None
         for part in [] if text.strip().lower() == "dense" else text.split("+"):
@@ -142,7 +142,7 @@ class WeightSpec:
                 bits = int(part[1:])
             else:
                 raise PlanError(f"not a weight option: {text!r:.80}; write 2:4+W8, W4, 2:4 or dense")
-        return cls(pattern, bits, 8 if bits else None, output_bits if bits else None)
+        return cls(pattern, bits, 8 if bits else None)
 
     @property
     def is_dense(self) -> bool:

@@ -196,18 +196,6 @@ def metric_named(name: str, classes: Sequence[str] = (), groups: Groups = None) 
     return lambda outputs, labels: ScoredOutputs(outputs, labels, classes, groups).value(name)
 
 
-def interval(
-    name: str,
-    outputs: np.ndarray,
-    labels: np.ndarray,
-    seed: int = 0,
-    classes: Sequence[str] = (),
-    groups: Groups = None,
-) -> tuple[float, float]:
-    """95 % bootstrap interval of a metric over samples, or over `groups` of them; NaN for fewer than `LEAST_UNITS`."""
-    return ScoredOutputs(outputs, labels, classes, groups).interval(name, seed)
-
-
 def paired_interval(
     name: str,
     outputs: np.ndarray,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from nxm_export.contract.io_spec import TOKENIZER_FILE
-from nxm_export.data.tokenizer_settings import direction_of, read_tokenizer_settings, settle
+from nxm_export.data.tokenizer_settings import apply_settings, direction_of, read_tokenizer_settings
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.storage.json_files import read_text
 
@@ -102,7 +102,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
     tokenizer = parse_tokenizer(read_text(file, "copy it from the model"), file)
-    settle(cast("tokenizers.Tokenizer", tokenizer), read_tokenizer_settings(directory))
+    apply_settings(cast("tokenizers.Tokenizer", tokenizer), read_tokenizer_settings(directory))
     return tokenizer
 
 

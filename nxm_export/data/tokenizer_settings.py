@@ -1,8 +1,9 @@
 """What a model says about its tokenizer beside ``tokenizer.json``: at which side texts are cut, and whether the model
 reads token types.
 
-``tokenizer_config.json`` has both, and only transformers reads it. `settle` writes them into the tokenizer itself, so
-that training, comparison and serving, which take ``tokenizer.json`` alone, make the same tokens as transformers does.
+``tokenizer_config.json`` has both, and only transformers reads it. `apply_settings` writes them into the tokenizer
+itself, so that training, comparison and serving, which take ``tokenizer.json`` alone, make the same tokens as
+transformers does.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def read_tokenizer_settings(directory: Path) -> TokenizerSettings:
     return settings
 
 
-def settle(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> bool:
+def apply_settings(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> bool:
     """Make a tokenizer do by itself what the settings say; returns whether that changed it."""
     changed = False
     if settings.cuts_left and direction_of(tokenizer) != "left":
@@ -73,7 +74,7 @@ def settle(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> bool
     return changed
 
 
-class Cutting(Protocol):
+class TruncatingTokenizer(Protocol):
     """What is read of a `tokenizers.Tokenizer`."""
 
     @property
@@ -81,7 +82,7 @@ class Cutting(Protocol):
         """How it cuts, or None where it does not."""
 
 
-def direction_of(tokenizer: Cutting) -> str:
+def direction_of(tokenizer: TruncatingTokenizer) -> str:
     """At which side a tokenizer cuts: left or right."""
     return str((tokenizer.truncation or {}).get("direction", "right"))
 

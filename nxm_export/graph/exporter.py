@@ -1,28 +1,18 @@
 """A checkpoint directory becomes ``model.onnx``: trace, restore meaning by name, put in the quantizers, tidy, verify.
 
-Targets (`TARGETS`): ``cpu`` is a float32 graph at opset 20, ``trt`` a float16 (or bfloat16) one at opset 21 for
-strongly typed TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6,
-whose parser takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0.
-Weights of 4 bits or fewer can be stored as INT4, at opset 21 (`nxm_export.graph.int4_storage`). A directory without a
-plan gives the float graph: the baseline that a compressed engine is compared with.
-
-The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest
-float turns into NaN in half precision as soon as a row is all padding.
+Graphs of all targets (`nxm_export.graph.targets`) hold symmetric INT8 pairs with zero point 0. Weights of 4 bits or
+fewer can be stored as INT4, at opset 21 (`nxm_export.graph.int4_storage`). A directory without a plan gives the float
+graph: the baseline that a compressed engine is compared with.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -49,60 +39,25 @@ from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.data.tokenization import copy_tokenizer
 from nxm_export.errors import ExportError
-from nxm_export.graph.apply_plan import WeightForm, graph_names, numpy_dtype, quantize
+from nxm_export.graph.apply_plan import graph_names, numpy_dtype, quantize
 from nxm_export.graph.implied_zero_points import imply_zero_points
-from nxm_export.graph.int4_storage import CAST, DIRECT, INT4_OPSET, require_int4, store_int4
+from nxm_export.graph.int4_storage import CAST, require_int4, store_int4
 from nxm_export.graph.int8_embedding import fold_int8_embedding
 from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.older_opset import lower_opset
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.reading.graph_weights import array_of, save_graph
+from nxm_export.graph.targets import GraphTarget, target_named
+from nxm_export.graph.tracing import name_axes, tidy, trace
 from nxm_export.graph.verifier import verify
-from nxm_export.hf.deberta import write_out_attention
-from nxm_export.hf.finite_masks import MASKED, read_rows_of_padding, use_finite_masks
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
-
-if TYPE_CHECKING:
-    import torch
 
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
 OVERRIDABLE = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
 METADATA_SCHEMA = "nxm-onnx/2"
-
-
-@dataclass(frozen=True)
-class GraphTarget:
-    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None:
-    all that were trained), how an embedding table that is planned INT8 is stored, in which form INT4 weights are (None:
-    not at all), and whether fused matrices are split."""
-
-    name: str
-    dtype: str
-    opset: int
-    placement: str | None
-    stored: str = "int8"
-    embedding: str = "float"  # TensorRT takes integer constants in front of DequantizeLinear alone
-    int4: str | None = None
-    splits_fused: bool = False  # a fused matrix is a product for each of its parts
-
-    @property
-    def weight_form(self) -> WeightForm:
-        """How its quantized weights are written."""
-        return WeightForm(self.stored, self.splits_fused)
-
-    def for_int4(self) -> GraphTarget:
-        """The target of a graph with INT4 weights."""
-        return replace(self, opset=max(self.opset, INT4_OPSET))
-
-
-TARGETS = {
-    "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8", int4=CAST),  # below 20 there is no Gelu
-    "trt": GraphTarget("trt", "float16", 21, None, int4=DIRECT, splits_fused=True),
-    "trt8": GraphTarget("trt8", "float32", 17, None, stored="float", splits_fused=True),
-}
 
 
 @dataclass(frozen=True)
@@ -219,7 +174,7 @@ class _GraphSettings:
 def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, float]:
     """The finished graph with its metadata, and the largest relative change of a scale by its dtype."""
     plan, checkpoint, dtype = settings.plan, opened.checkpoint, settings.dtype
-    model = _trace(opened.path, opened.task, opened.family, dtype, max(settings.target.opset, 18))
+    model = trace(opened.path, opened.task, opened.family, dtype, max(settings.target.opset, 18))
     matrices = opened.family.weights(opened.config)
     int8_embedding = [opened.family.word_embedding] if plan and plan.embedding == "int8" else []
     _require_same_weights(model, opened, [*matrices, *int8_embedding], dtype)
@@ -233,7 +188,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
             hashes["embedding_sha256"] = digest
     traced = [name for name in matrices if not plan or _stays_traced(plan.weights[name], settings.lowering)]
     _name_float_weights(model, traced)
-    _tidy(model)
+    tidy(model)
     if settings.precision_overrides:
         _override_precision(model, settings.precision_overrides, dtype)
     if settings.target.opset < 18:
@@ -245,7 +200,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
         store_int4(model.graph, itertools.chain.from_iterable(parts), settings.target.int4)
         if settings.target.int4 == CAST:  # for ONNX Runtime, and of opset 21
             imply_zero_points(model.graph)
-    _name_axes(model, opened.task)
+    name_axes(model, opened.task)
     model.metadata_props.update(_metadata(opened, settings, hashes))
     return model, rounding
 
@@ -286,92 +241,12 @@ def _require_overridable(precision_overrides: str | None, dtype: str, target: Gr
         )
 
 
-def target_named(name: str) -> GraphTarget:
-    """The target of this name, or `ExportError` with the list."""
-    if name not in TARGETS:
-        raise ExportError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
-    return TARGETS[name]
-
-
 def _task_of(path: Path, config: Mapping[str, object]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
     task = task_at(path, config)
     if task is None:
         raise ExportError(f"{path}: it has no head of a supported kind; fine-tune it first (`nxm compress` does)")
     return task
-
-
-def traced_module(path: Path, task: Task, family: Family, dtype: str) -> torch.nn.Module:
-    """The model of a directory with the inputs and outputs of an engine, in the form in which it is traced; it returns
-    a tuple of the task's outputs in float32. Raises `ExportError` for an unknown dtype."""
-    import torch
-
-    floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype not in floats:
-        raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
-
-    class Traced(torch.nn.Module):
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            inputs = dict(zip(family.inputs, tensors, strict=True))
-            if family.attention.takes_bias_mask:
-                mask = inputs["attention_mask"][:, None, None, :].to(floats[dtype])
-                inputs["attention_mask"] = (1.0 - mask) * MASKED
-            outputs = self.model(**inputs)
-            return tuple(outputs[name].float() for name in task.outputs)
-
-    model = load_task_model(path, task, dtype=dtype)
-    if family.attention.interface and not family.attention.takes_bias_mask:
-        use_finite_masks(model)
-    write_out_attention(model, fixed_positions=True)
-    read_rows_of_padding(model)
-    return Traced(model)
-
-
-def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
-    """The float graph, not yet optimized, its initializers under the parameters' own names."""
-    import torch
-
-    module = traced_module(path, task, family, dtype)
-    # One object twice would be traced as one input. Not every model has a second kind of tokens.
-    ones = [int(name != "token_type_ids") for name in family.inputs]
-    examples = tuple(torch.full((2, 7), one, dtype=torch.long) for one in ones)
-    with _silence(), torch.no_grad():
-        try:
-            module(*examples)
-        except Exception as error:  # of any kind: the model is of transformers, and runs on what config.json says
-            raise ExportError(
-                f"{path}: the model that config.json describes does not run ({error}); restore config.json from the "
-                "model"
-            ) from error
-        batch = torch.export.Dim("batch")
-        sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))
-        program = torch.onnx.export(
-            module,
-            examples,
-            input_names=list(family.inputs),
-            output_names=list(task.outputs),
-            dynamic_shapes=(({0: batch, 1: sequence},) * len(family.inputs),),
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    assert program is not None
-    return _renamed(program.model)
-
-
-def _renamed(model: ir.Model) -> ir.Model:
-    """Drop the wrapper's ``model.`` from initializer names, so that they are the checkpoint's."""
-    for name in list(model.graph.initializers):
-        if name.startswith("model."):
-            value = model.graph.initializers.pop(name)
-            value.name = name.removeprefix("model.")
-            model.graph.register_initializer(value)
-    return model
 
 
 def _stays_traced(spec: WeightSpec, lowering: str) -> bool:
@@ -411,29 +286,6 @@ def _require_same_weights(model: ir.Model, opened: _OpenedModel, names: Sequence
             )
 
 
-def _tidy(model: ir.Model) -> None:
-    """Fold constants, merge equal subexpressions, drop what nothing reads. Q/DQ pairs are left alone by the folder."""
-    import onnx_ir.passes.common as passes
-    import onnxscript.optimizer
-
-    products = {node.outputs[0].name: node.name for node in model.graph if node.op_type in ("Gemm", "Conv")}
-    with _silence():
-        onnxscript.optimizer.optimize(model)
-        for node in model.graph:  # a product whose bias is all 0 was made anew without it, and without its name
-            if node.op_type in ("Gemm", "Conv"):
-                node.name = products.get(node.outputs[0].name, node.name)
-        for tidy in (
-            passes.CommonSubexpressionEliminationPass(),
-            passes.RemoveUnusedNodesPass(),
-            passes.LiftConstantsToInitializersPass(),
-            passes.DeduplicateInitializersPass(),
-            passes.RemoveUnusedOpsetsPass(),
-            passes.ClearMetadataAndDocStringPass(),
-            passes.TopologicalSortPass(),
-        ):
-            tidy(model)
-
-
 def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
     """Compute LayerNorm and softmax in dtype `precision`, with casts around them; parameters are stored in it."""
     inner, outer = (ir.DataType.from_numpy(numpy_dtype(name)) for name in (precision, dtype))
@@ -462,15 +314,6 @@ def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
                     user.replace_input_with(i, back.outputs[0])
 
 
-def _name_axes(model: ir.Model, task: Task) -> None:
-    """Two inputs that share an axis get it renamed by the exporter: say again what every axis is."""
-    for value in model.graph.inputs:
-        value.shape = ir.Shape(["batch", "sequence"])
-    for value, axes in zip(model.graph.outputs, task.outputs.values(), strict=True):
-        traced = value.shape if value.shape is not None else axes
-        value.shape = ir.Shape([axis if axis in ("batch", "sequence") else traced[i] for i, axis in enumerate(axes)])
-
-
 def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[str, str]) -> dict[str, str]:
     """What the ONNX file says about itself, by the names that a passport keeps, with our prefix."""
     plan, task = settings.plan, opened.task
@@ -492,23 +335,3 @@ def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[st
         **({"plan": plan.to_json()} if plan else {}),
     }
     return {METADATA + key: value for key, value in facts.items()}
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter prints and warns about things that are none of the user's business."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
-    levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

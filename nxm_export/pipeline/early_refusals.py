@@ -14,7 +14,7 @@ from nxm_export.errors import Notice
 if TYPE_CHECKING:
     from compressors.models import ModelSource
     from nxm_export.pipeline.plan_choice import PlanChoice
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
 
 def require_possible(request: Request, source: ModelSource, choice: PlanChoice) -> None:

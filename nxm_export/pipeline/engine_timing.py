@@ -19,7 +19,7 @@ from nxm_export.contract.choices import (
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.columns import Columns
 from nxm_export.errors import EngineError, EngineUnavailable, NxmError
-from nxm_export.pipeline.inspection import sparsity_of
+from nxm_export.pipeline.engine_sparsity import sparsity_of
 from nxm_export.pipeline.labelled_texts import features_of, labelled_texts, shared_features
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def bench_engines(
     """
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
+    from engines.devices import running_on
     from engines.memory import require_room
-    from engines.passport import load_passport, running_on
+    from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
     given = [Path(path) for path in engines]

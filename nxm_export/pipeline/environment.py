@@ -85,7 +85,7 @@ class MachineReport:
 
 def report() -> MachineReport:
     """What this machine is, and what it can build and run."""
-    from engines.passport import cpu_device
+    from engines.devices import cpu_device
 
     cpu = cpu_device()
     return MachineReport(

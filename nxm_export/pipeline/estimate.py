@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compressors.models import ModelSource
     from compressors.settings import Settings
     from nxm_export.contract.tasks import Task
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
 # Work of one training step in units of a plain forward and backward pass: the dense model once; the compressed model
 # with fake quantization, and a forward pass of the teacher.

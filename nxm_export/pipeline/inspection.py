@@ -1,28 +1,25 @@
-"""What is inside, and does it run sparse: facts of graphs, engines and runs, and the gate on proven sparse kernels."""
+"""What is inside: facts of graphs, checkpoints, engines and runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, task_at
-from nxm_export.contract.choices import COMPUTE_CAPABILITY, STORAGE
+from nxm_export.contract.choices import STORAGE
 from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.records.checkpoint_metrics import METRICS_FILE, read_metrics
-from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.errors import EngineError
+from nxm_export.pipeline.engine_sparsity import measure_layers, profiles_kernels, sparsity_of
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
-from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import encode, to_builtins
-from nxm_export.storage.unreadable import unreadable
+from nxm_export.storage.json_files import to_builtins
 
 if TYPE_CHECKING:
     from engines.base import EngineFacts
     from engines.passport import EnginePassport
-    from engines.sparsity.advice import Advice
-    from engines.sparsity.judgement import SparsityReport
-    from engines.tensorrt.rtx_parser import ParserAnswer
+    from engines.sparsity.sparsity_report import SparsityReport
 
 
 @dataclass(frozen=True)
@@ -89,24 +86,6 @@ class CheckpointFacts:
 Inspection = GraphFacts | EngineInspection | RunInspection | CheckpointFacts
 
 
-@dataclass(frozen=True)
-class FileDiagnosis:
-    """Any ONNX file, judged without building it: which of its matrices can run sparse, what to do about the others, and
-    what is wrong with it: what `nxm verify` finds, what TensorRT's parser refuses or misreads, and, where it was asked,
-    what an installed parser says (`parsed`). A file with problems has no matrix that is ready."""
-
-    file: str
-    sparsity: SparsityReport
-    advice: tuple[Advice, ...]
-    problems: tuple[str, ...]
-    parsed: ParserAnswer | None = None
-
-    def to_dict(self) -> dict[str, object]:
-        """The form of ``--json``."""
-        advice, problems, parsed = to_builtins(self.advice), list(self.problems), to_builtins(self.parsed)
-        return {"file": self.file, **self.sparsity.to_dict(), "advice": advice, "problems": problems, "parsed": parsed}
-
-
 def inspect_path(
     path: str | Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
 ) -> Inspection:
@@ -134,7 +113,7 @@ def inspect_path(
         if measure:
             measure_layers(dense)
             measure_layers(other)
-        compared = None if _profiles_kernels(sparse) else dense  # such an engine has both times in itself
+        compared = None if profiles_kernels(sparse) else dense  # such an engine has both times in itself
         return inspect_engine(sparse, twin=compared, kernels=kernels, measure=measure)
     if _is_model(path):
         _require_no_sparsity_options(path, twin, kernels, measure=measure)
@@ -207,128 +186,3 @@ def _graph_facts(file: Path) -> GraphFacts:
         operators=dict(sorted(counts.items())),
         metadata={key: value for key, value in model.metadata_props.items() if key != "nxm.plan"},
     )
-
-
-def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernels: Path | None = None) -> None:
-    """Raise `ParityError` unless `share` of the planned-sparse weights provably run sparse in the engine at `path`."""
-    from engines.base import backend
-    from engines.passport import load_passport
-    from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
-
-    if is_twins(path):
-        path = twin_directories(path)[1]
-    if not path.is_dir() or not backend(load_passport(path).backend).CAPABILITIES.sparse_kernels:
-        raise EngineError(
-            f"{path}: only engines for GPUs run sparse kernels; give an engine directory of --backend trt or cusparselt"
-        )
-    sparsity_of(path, twin, kernels).require_sparse(share)
-
-
-def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None = None) -> SparsityReport:
-    """The sparsity report of an engine directory (see `engines.sparsity.judgement`).
-
-    `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing, and for an engine file
-    that is not the one of its passport. Raises `EngineError` for `kernels` and for `twin` where the engine's backend
-    profiles its kernels itself.
-    """
-    from engines.base import ProfiledFacts, backend
-    from engines.passport import load_passport
-    from engines.sparsity.engine_report import read_sparsity_report
-
-    if _profiles_kernels(directory):
-        if twin is not None or kernels is not None:
-            raise EngineError(
-                f"{directory}: leave --twin and --kernels out: this engine has the times of both kinds of kernels from "
-                "its build, and the names of kernels from `nxm inspect --measure`"
-            )
-        facts = backend(load_passport(directory).backend).inspect(directory)
-        assert isinstance(facts, ProfiledFacts)
-        return facts.sparsity
-    running = None
-    if kernels is not None:
-        if not kernels.is_file():
-            raise ArtifactError(f"{kernels}: no such file; give a text file with one kernel name per line")
-        running = _kernel_names(kernels)
-    return read_sparsity_report(directory, twin, running)
-
-
-def _kernel_names(file: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{unreadable(file, error)}; give a text file with one kernel name per line") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def measure_layers(directory: Path, rounds: int = 20) -> None:
-    """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it; for a
-    backend that profiles kernels, write what it finds."""
-    from engines.base import LayerTimedEngine, ProfiledBackend, backend
-    from engines.benchmark.latency import feeds_for
-    from engines.passport import load_passport
-    from engines.sample_inputs import nearest_shape
-    from engines.sparsity.build_evidence import MEASURED_FILE, MEASURED_SCHEMA, MeasuredLayers
-
-    passport = load_passport(directory)
-    runtime = backend(passport.backend)
-    if isinstance(runtime, ProfiledBackend):
-        runtime.profile(directory)
-        return
-    with runtime.load(directory) as engine:
-        if not isinstance(engine, LayerTimedEngine) or not passport.profiles:
-            raise EngineError(
-                f"{directory}: engines of {passport.backend} do not time their layers; leave --measure out"
-            )
-        batch, sequence = nearest_shape(engine.input_bindings, *passport.profiles[0].optimum)
-        times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
-    measured = MeasuredLayers(passport.engine_sha256, (batch, sequence), rounds, times)
-    write_atomic(directory / MEASURED_FILE, encode(measured, MEASURED_SCHEMA))
-
-
-def _profiles_kernels(directory: Path) -> bool:
-    """Whether the backend of an engine directory profiles kernels itself."""
-    from engines.base import backend
-    from engines.passport import load_passport
-
-    return backend(load_passport(directory).backend).CAPABILITIES.profiled_kernels
-
-
-def doctor_file(
-    file: Path,
-    backend_name: str,
-    version: str | None = None,
-    gpu: str = COMPUTE_CAPABILITY,
-    *,
-    parse: bool = False,
-) -> FileDiagnosis:
-    """The matrices of any ONNX file (or the one in a graph directory), judged for a TensorRT version and GPU without
-    building, and advice for each.
-
-    `version` and `gpu` are as people write them; `EngineError` for what is not understood. `parse` asks the parser of
-    the installed TensorRT-RTX, too: `EngineUnavailable` where there is none. What it takes is not ready for that.
-    """
-    from engines.sparsity.advice import advise
-    from engines.sparsity.judgement import FileProblem, judge
-    from engines.sparsity.targets import sparsity_target, target_problems
-    from engines.tensorrt.rtx_parser import ask_parser
-    from nxm_export.graph.reading.graph_weights import load_graph
-    from nxm_export.graph.reading.sparsity_scan import scan_and_verify
-    from nxm_export.graph.tensorrt_parser import parser_of, parser_problems
-
-    target = sparsity_target(backend_name, version, gpu)
-    file = onnx_file(file)
-    model = load_graph(file)
-    scanned, checked = scan_and_verify(model, str(file))
-    answer = ask_parser(file) if parse else None
-    problems = [FileProblem(problem, weight.name) for weight in checked.weights for problem in weight.problems]
-    problems += map(FileProblem, checked.problems)
-    problems += [
-        FileProblem(str(problem)) for problem in parser_problems(model, parser_of(backend_name, target.version))
-    ]
-    problems += target_problems(target)
-    if answer is not None:
-        problems += [FileProblem(f"{error} ({answer.parser}'s parser refuses it)") for error in answer.errors]
-    report = replace(judge(scanned.facts, None, target, problems=problems), unread=scanned.unread)
-    advice = tuple(advise(scanned.facts, report, problems))
-    return FileDiagnosis(str(file), report, advice, tuple(map(str, problems)), answer)

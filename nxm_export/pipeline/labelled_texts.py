@@ -68,6 +68,6 @@ def shared_features(engines: Sequence[str | Path], data: str, columns: Columns) 
     return first, read[0].numbered
 
 
-def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Features]:
-    """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
-    return labelled_texts(directory, data, columns, limit or load_spec(directory).max_length).tokens()
+def features_of(directory: Path, data: str, columns: Columns) -> list[Features]:
+    """A labelled data file in tokens, by the tokenizer and labels of a graph or engine directory."""
+    return labelled_texts(directory, data, columns, load_spec(directory).max_length).tokens()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import PLACEMENT
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.errors import PlanError
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
     from compressors.search.settings import SearchSettings
-    from nxm_export.pipeline.run import Request
+    from nxm_export.pipeline.request import Request
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,13 @@ def search_for(request: Request, compression: float) -> SearchSettings:
         placement=request.placement or PLACEMENT,
         seed=request.settings.seed,
     )
+
+
+def require_plan_alone(plan: object, given: Sequence[str]) -> None:
+    """Raise `PlanError` where a plan, or what asks for one, comes with choices (their names) that it makes itself: it
+    would win silently."""
+    if plan is not None and given:
+        raise PlanError(
+            f"a plan says itself what every weight gets, so {', '.join(given)} would be dropped; give the plan "
+            "alone, or no plan"
+        )

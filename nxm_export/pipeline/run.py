@@ -11,31 +11,30 @@ the summary is read back from the file of the stage that measured it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import float32_bytes, open_checkpoint, read_config, task_at
-from nxm_export.contract.choices import INT4_BITS, PLACEMENT, STORAGE, WEIGHT_STORAGE, WEIGHT_STORAGES
+from nxm_export.contract.choices import WEIGHT_STORAGE
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
+from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
-from nxm_export.data.columns import Columns
-from nxm_export.data.more_text import MoreText
-from nxm_export.errors import DataError, EngineUnavailable, PlanError, notice
+from nxm_export.errors import DataError, EngineUnavailable, notice
 from nxm_export.pipeline.early_refusals import require_more_text, require_possible
 from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose_engine, compare_built, drop_others
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.labelled_texts import features_of
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
+from nxm_export.pipeline.request import Request
 from nxm_export.pipeline.run_engines import RunBackends, RunGraph, engines_of, graphs_of, run_backends
 from nxm_export.pipeline.summary import kind_of, summarize, summarized_files
 from nxm_export.progress import Progress, silent
@@ -50,84 +49,6 @@ if TYPE_CHECKING:
     from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
 
 _NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to run: a model (directory or hub id), a task, its data, how to compress and how to train.
-
-    `more_text` has no labels. `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized.
-    `weights_stored` is that of the graphs, where their target can have it. `planned`: the plan comes from elsewhere,
-    and `spec` is not used (`PlanChoice`). `backends` are those whose engines are built and of which the fastest is kept
-    (see `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only
-    quantized weights can have, where they are not, and for weights stored as INT4 that have more bits; `DataError` for
-    a limit below 1.
-    """
-
-    model: str
-    task: str
-    train: str
-    dev: str
-    spec: WeightSpec
-    settings: Settings
-    columns: Columns = Columns()
-    placement: str | None = None
-    residual: str = STORAGE
-    embedding: str = STORAGE
-    keep_dense: Sequence[str] = ()
-    revision: str | None = None
-    train_limit: int | None = None
-    more_text: MoreText | None = None
-    weights_stored: str = WEIGHT_STORAGE
-    planned: bool = False
-    backends: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if self.more_text is not None:
-            self.settings.require_taught("--more-text")
-        if self.train_limit is not None and self.train_limit < 1:
-            raise DataError(f"a limit of training samples is at least 1, got {self.train_limit}; or leave it out")
-        if self.weights_stored not in WEIGHT_STORAGES:
-            raise PlanError(
-                f"unknown weights stored {self.weights_stored!r}; choose one of {', '.join(WEIGHT_STORAGES)}"
-            )
-        if (
-            self.weights_stored == "int4"
-            and not self.planned
-            and (self.spec.weight_bits is None or self.spec.weight_bits > INT4_BITS)
-        ):
-            bits = "none" if self.spec.weight_bits is None else self.spec.weight_bits
-            raise PlanError(f"weights stored as int4 have 4 bits or fewer, and these have {bits}; give weight bits 4")
-        if self.spec.weight_bits is not None or self.planned:
-            return
-        dropped = [f"placement {self.placement}"] if self.placement not in (None, "inputs") else []
-        dropped += [f"residual {self.residual}"] if self.residual != "float" else []
-        if dropped:
-            raise PlanError(
-                f"{' and '.join(dropped)}: activations are quantized only where weights are, and these weights are "
-                "not; give weight bits, or leave that out"
-            )
-
-    def uniform_plan(self, source: ModelSource) -> CompressionPlan:
-        """The plan that gives every matrix of a model the same `spec`, but for those that are kept dense."""
-        return source.family.uniform_plan(
-            source.config,
-            self.spec,
-            placement=self.placement or ("inputs" if self.spec.weight_bits is None else PLACEMENT),
-            keep_dense=self.keep_dense,
-            residual=self.residual,
-            embedding=self.embedding,
-        )
-
-
-def require_plan_alone(plan: object, given: Sequence[str]) -> None:
-    """Raise `PlanError` where a plan, or what asks for one, comes with choices (their names) that it makes itself: it
-    would win silently."""
-    if plan is not None and given:
-        raise PlanError(
-            f"a plan says itself what every weight gets, so {', '.join(given)} would be dropped; give the plan "
-            "alone, or no plan"
-        )
 
 
 def run(
@@ -374,9 +295,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
 
 def _data(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
     """(files of data, which are hashed; options of data, among them the names of data that is no file)."""
-    sources = {"train": request.train, "dev": request.dev}
-    files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
-    names = {label: source for label, source in sources.items() if label not in files}
+    files, names = _split({"train": request.train, "dev": request.dev})
     return files, {**names, "train_limit": request.train_limit, "columns": asdict(request.columns)}
 
 
@@ -385,10 +304,15 @@ def _more_text(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
     from before it need not be made again."""
     if request.more_text is None:
         return {}, {}
-    sources = {f"more text {number}": source for number, source in enumerate(request.more_text.files, start=1)}
-    files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
-    names = {label: source for label, source in sources.items() if label not in files}
+    numbered = enumerate(request.more_text.files, start=1)
+    files, names = _split({f"more text {number}": source for number, source in numbered})
     return files, {**names, "more_text_share": request.more_text.share}
+
+
+def _split(sources: Mapping[str, str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """(those that are files, those that are names of something else), by label."""
+    files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
+    return files, {label: source for label, source in sources.items() if label not in files}
 
 
 def _into(scratch: Path, work: Callable[[Path], object]) -> None:
@@ -407,8 +331,9 @@ def _export(
     progress: Progress,
 ) -> list[str]:
     """Export every graph of the run that the plan allows; returns their names."""
-    from nxm_export.graph.exporter import INT8_ATTENTION_TOKENS, export, target_named
+    from nxm_export.graph.exporter import INT8_ATTENTION_TOKENS, export
     from nxm_export.graph.int4_storage import int4_weights
+    from nxm_export.graph.targets import target_named
 
     made = []
     checkpoint = open_checkpoint(directory.path("checkpoint"))

@@ -2,7 +2,7 @@
 
 ::
 
-    ort-cpu-fp32                     the dense model: the yardstick of every run
+    ort-cpu-fp32                     the dense model: the baseline of every run
     ort-cpu-int8, -outputs           the compressed one, with quantizers at inputs alone, and at outputs, too
     openvino-cpu-int8
     BACKEND-fp16-int8                on a GPU, and where it runs here its twins for the verdict on 2:4:
@@ -22,7 +22,7 @@ from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline.environment import missing_for
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE
 
-YARDSTICK = "ort-cpu-fp32"
+BASELINE = "ort-cpu-fp32"
 QUANTIZED = "int8"  # the kind of engines whose plan gives weights bits
 AHEAD_OF_TIME = "trt_rtx"  # builds engines without a GPU
 
@@ -112,7 +112,7 @@ def engines_of(backends: RunBackends, kind: str, graphs: Sequence[str]) -> list[
 
 
 def _engines(backends: RunBackends, kind: str) -> Iterator[RunEngine]:
-    yield RunEngine(YARDSTICK, "dense", BACKEND)
+    yield RunEngine(BASELINE, "dense", BACKEND)
     for name in backends.names:
         if name in _cpu_backends():
             yield RunEngine(f"{name}-cpu-{kind}", "cpu", name, main=True)

@@ -27,11 +27,10 @@ from nxm_export.contract.records.run_summary import (
     RtxBuild,
     RunSummary,
     ShapeLatency,
-    Speedup,
     TrainingFacts,
 )
 from nxm_export.contract.tasks import TASKS
-from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, QUANTIZED, YARDSTICK
+from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, BASELINE, QUANTIZED
 from nxm_export.storage.json_files import convert
 from nxm_export.storage.run_dir import RunDir
 from nxm_export.storage.versions import installed_versions, other_versions
@@ -73,8 +72,8 @@ def summarize(
     benches = {file.stem: read_bench_report(file) for file in files}
     reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in engines.compared}
     spec = load_spec(directory.path("onnx", "cpu"))
-    ours, theirs = (_outputs(directory, name) for name in (chosen.name, YARDSTICK))
-    interval, likeness = _against_dense(spec, dense.metric, ours, theirs)
+    ours, theirs = (_outputs(directory, name) for name in (chosen.name, BASELINE))
+    interval, similarity = _against_dense(spec, dense.metric, ours, theirs)
     blind = _one_class(spec, dense.metric, theirs)
     rtx = next((name for name in engines.graphs if name == f"{AHEAD_OF_TIME}-fp16-{kind_of(plan)}"), None)
     return RunSummary(
@@ -83,7 +82,7 @@ def summarize(
         dense=dense.value,
         compressed=reports[chosen.name].engine_value,
         difference_interval=interval,
-        cosine_to_dense=likeness,
+        cosine_to_dense=similarity,
         one_class=blind,
         checkpoint=compressed.value,
         compression={counting: plan.compression(counting) for counting in COUNTINGS},
@@ -91,7 +90,7 @@ def summarize(
         embedding=plan.embedding,
         parity={name: _parity(report) for name, report in reports.items()},
         latency_ms={name: timing for bench in benches.values() for name, timing in _latency(bench).items()},
-        speedup=tuple(ratio for bench in benches.values() for ratio in _speedup(bench)),
+        speedup=tuple(ratio for bench in benches.values() for ratio in bench.ratios),
         onnx_bytes={name: _graph_bytes(directory.path("onnx", name)) for name in graphs},
         trt_rtx=_rtx_build(directory.path("engines", rtx)) if rtx else None,
         missing=dict(engines.missing),
@@ -214,13 +213,6 @@ def _latency(report: BenchReport) -> dict[str, ShapeLatency]:
         )
         for timing in report.timings
     }
-
-
-def _speedup(report: BenchReport) -> tuple[Speedup, ...]:
-    return tuple(
-        Speedup(ratio.name, ratio.reference, ratio.batch, ratio.sequence, ratio.speedup, ratio.interval)
-        for ratio in report.ratios
-    )
 
 
 def _training(metrics: CompressionMetrics) -> TrainingFacts:

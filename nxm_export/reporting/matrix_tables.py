@@ -16,7 +16,7 @@ from nxm_export.reporting.run_facts import Run
 from nxm_export.reporting.tables import Cell, Code, PageTable, or_dash, pair
 
 if TYPE_CHECKING:
-    from engines.sparsity.judgement import WeightSparsity
+    from engines.sparsity.sparsity_report import WeightSparsity
 
 
 def matrix_tables(run: Run) -> Iterator[PageTable]:
@@ -140,7 +140,7 @@ def _kernel(matrix: WeightSparsity | None) -> str:
 
 def _reasons(run: Run) -> PageTable:
     """What the reasons in the kernel columns mean."""
-    from engines.sparsity.judgement import REASONS
+    from engines.sparsity.sparsity_report import REASONS
 
     planned = {name for matrix in run.matrices for name in matrix.names}
     rows_of = [row for engine in run.engines for row in engine.matrices if row.name in planned]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from engines.parity.bisect_reports import BisectReport, BlockParity
     from engines.parity.reports import ParityReport
     from engines.passport import EnginePassport
-    from engines.sparsity.judgement import SparsityReport, WeightSparsity
+    from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
 
     Judged = TypeVar("Judged", ParityReport, BisectReport)
 

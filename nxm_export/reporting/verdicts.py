@@ -17,8 +17,7 @@ from nxm_export.reporting.run_facts import EngineEntry, Run, worst_output
 from nxm_export.storage.versions import MAKERS
 
 if TYPE_CHECKING:
-    from engines.benchmark.latency import Ratio
-    from nxm_export.contract.records.run_summary import Speedup
+    from nxm_export.contract.records.speedup import Speedup
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
 NO_DIFFERENCE = "no difference found"
@@ -213,7 +212,7 @@ def _ratios(run: Run) -> Iterator[RatioFigures]:
             yield _ratio(bench, "ratios", number, ratio)
 
 
-def _ratio(source: RunFile[object], key: str, number: int, ratio: Speedup | Ratio) -> RatioFigures:
+def _ratio(source: RunFile[object], key: str, number: int, ratio: Speedup) -> RatioFigures:
     figures = [source.figure(key, number, *keys) for keys in (("speedup",), ("interval", 0), ("interval", 1))]
     speedup, low, high = (figure for figure in figures if figure is not None)
     shape = (ratio.batch, ratio.sequence)

@@ -151,11 +151,9 @@ def read_record(
     schema: str,
     way_out: str,
     older: Mapping[str, Upgrade] | None = None,
-    error: type[Exception] = ArtifactError,
 ) -> T:
-    """`decode` of a file; raises `error`, too, when it cannot be read."""
-    text = read_text(file, way_out, error)
-    return decode(text, kind, schema=schema, source=str(file), way_out=way_out, older=older, error=error)
+    """`decode` of a file; raises `ArtifactError`, too, when it cannot be read."""
+    return decode(read_text(file, way_out), kind, schema=schema, source=str(file), way_out=way_out, older=older)
 
 
 def read_lines(file: Path, kind: type[T], *, way_out: str) -> tuple[T, ...]:

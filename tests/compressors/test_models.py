@@ -13,7 +13,8 @@ from compressors.settings import Settings
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError
-from nxm_export.pipeline.run import Request, _with_length_of
+from nxm_export.pipeline.request import Request
+from nxm_export.pipeline.run import _with_length_of
 from tests.support import tiny
 
 

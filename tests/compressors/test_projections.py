@@ -19,13 +19,10 @@ from compressors.projections import (
 )
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import PlanError
+from tests.support.random_tensors import randn
 
 PATTERNS = [NMPattern(*nm) for nm in ((1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (1, 8), (2, 6), (5, 16))]
 SMALL = [pattern for pattern in PATTERNS if pattern.m <= 8]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def nearest_by_enumeration(group: Tensor, pattern: NMPattern, scale: Tensor | None = None, qmax: int = 0) -> Tensor:

@@ -24,6 +24,7 @@ from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.pipeline.engine_comparison import bisect_engines
 from tests.support import baked, tiny
 from tests.support.few_rounds import time_few_rounds_here
+from tests.support.variants import placements_of
 
 Graphs = Callable[..., Path]
 
@@ -90,7 +91,7 @@ def permute(family: Family, scratch: Path) -> None:
 def _int8_attention(family: Family, scratch: Path) -> None:
     """Queries, keys, values and probabilities on integers, and PyTorch's numbers."""
     kind = FAMILIES[family.name]
-    if not set(INT8_ATTENTION) & set(kind.placements):
+    if not set(INT8_ATTENTION) & set(placements_of(kind)):
         with pytest.raises(PlanError, match="attention int8"):
             kind.uniform_plan(
                 json.loads((family.checkpoint / "config.json").read_text(encoding="utf-8")),

@@ -24,11 +24,12 @@ from nxm_export.contract.tasks import TASKS, task_of
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples
 from nxm_export.data.label_kinds import labelled, load_labelled
-from nxm_export.data.metrics import interval, metric_named
+from nxm_export.data.metrics import metric_named
 from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import tiny
+from tests.support.intervals import interval
 
 TASK = TASKS["reranking"]
 

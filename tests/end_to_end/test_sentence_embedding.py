@@ -29,7 +29,7 @@ from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, encode
 from nxm_export.data.features import label_array, pad
 from nxm_export.data.label_kinds import labelled, load_labelled
-from nxm_export.data.metrics import interval, metric_named
+from nxm_export.data.metrics import metric_named
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
@@ -40,6 +40,7 @@ from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.pipeline.labelled_texts import features_of
 from nxm_export.storage.json_files import entry_at
 from tests.support import tiny
+from tests.support.intervals import interval
 from tests.support.variants import variants
 
 TASK = TASKS["embedding"]

@@ -24,20 +24,14 @@ from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, encode
 from nxm_export.data.features import Features, label_array, pad
 from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
-from nxm_export.data.metrics import (
-    METRICS,
-    interval,
-    metric_named,
-    paired_interval,
-    require_scorable,
-    scored_outputs,
-)
+from nxm_export.data.metrics import METRICS, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.pipeline.labelled_texts import features_of
 from tests.support import tiny
+from tests.support.intervals import interval
 from tests.support.variants import variants
 
 LEARNED = {

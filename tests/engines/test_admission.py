@@ -13,15 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from engines.admission import admitted, gate_state, require_expected, require_gate
+from engines.devices import running_on
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport, read_parity_report
-from engines.passport import (
-    EnginePassport,
-    covered_spec,
-    covered_tokenizer,
-    cpu_device,
-    load_passport,
-    running_on,
-)
+from engines.passport import EnginePassport, covered_spec, covered_tokenizer, load_passport
 from engines.predictor import Predictor
 from engines.serving.model import open_model
 from engines.serving.repository import EngineSource
@@ -316,12 +310,3 @@ def test_an_engine_that_was_compared_on_another_machine_says_so(
     assert admitted(copy, "passed") == passport
     told = [str(warning.message) for warning in recwarn]
     assert any("was compared with its checkpoint on another CPU, and runs on" in text for text in told) is said
-
-
-def test_an_engine_runs_on_this_cpu_or_on_the_gpu_that_it_is_bound_to() -> None:
-    device = cpu_device()
-    assert running_on(PASSPORT) == (
-        f"{device['name']} ({device['features']})" if device.get("features") else device.get("name")
-    )
-    assert running_on(replace(PASSPORT, backend="trt", requires={"gpu": "L4"})) == "L4"
-    assert running_on(replace(PASSPORT, backend="of the future")) is None

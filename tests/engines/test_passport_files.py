@@ -12,15 +12,7 @@ from pathlib import Path
 import pytest
 
 from engines.base import MOST_SHAPES, MOST_THREADS, Binding, Profile
-from engines.passport import (
-    Bindings,
-    BuildFacts,
-    EnginePassport,
-    covered_spec,
-    covered_tokenizer,
-    load_passport,
-    running_on,
-)
+from engines.passport import Bindings, BuildFacts, EnginePassport, covered_spec, covered_tokenizer, load_passport
 from engines.serving.repository import signature
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
@@ -315,34 +307,3 @@ def test_the_command_that_rebuilds_has_profiles_shapes_and_flags() -> None:
     )
     plain = replace(passport, profiles=(), options={"always_sparse": False, "fuse": True})
     assert plain.rebuild_command() == "nxm build model.onnx --backend trt --out ENGINE_DIR"
-
-
-def test_an_engine_runs_on_this_cpu_or_on_the_gpu_of_its_passport() -> None:
-    assert running_on(replace(PASSPORT, backend="trt", requires={"gpu": "L4"})) == "L4"
-    assert running_on(replace(PASSPORT, backend="trt")) is None
-    assert running_on(replace(PASSPORT, backend="of another version")) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("model name\t: A CPU\nflags\t\t: sse avx2 avx512_vnni avx512f\n", "A CPU (avx2 avx512f avx512_vnni)"),
-        ("model name\t: A CPU\nflags\t\t: sse\n", "A CPU"),
-        ("", "unknown"),
-        (None, None),
-    ],
-)
-def test_a_cpu_is_named_with_its_instruction_sets_as_far_as_linux_says(
-    text: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = Path.read_text
-
-    def given(file: Path, *arguments: object, **options: object) -> str:
-        if str(file) != "/proc/cpuinfo":
-            return read(file, *arguments, **options)  # type: ignore[arg-type]  # as it was called
-        if text is None:
-            raise FileNotFoundError(file)
-        return text
-
-    monkeypatch.setattr(Path, "read_text", given)
-    assert running_on(PASSPORT) == expected

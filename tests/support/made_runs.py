@@ -8,7 +8,7 @@ from pathlib import Path
 from engines.parity.probes import ProbeResult
 from engines.parity.reports import ParityReport, verdict
 from engines.parity.tolerance import OutputParity
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.records.run_summary import RunSummary
 from nxm_export.reporting.figures import Figure, RunFile

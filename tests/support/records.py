@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from engines.passport import EnginePassport, PlanSummary
-from nxm_export.contract.records.run_summary import (
-    EngineParity,
-    RtxBuild,
-    RunSummary,
-    ShapeLatency,
-    Speedup,
-    TrainingFacts,
-)
+from nxm_export.contract.records.run_summary import EngineParity, RtxBuild, RunSummary, ShapeLatency, TrainingFacts
+from nxm_export.contract.records.speedup import Speedup
 
 SUMMARY = RunSummary(
     metric="accuracy",

@@ -15,7 +15,7 @@ from nxm_export.hf.model_loading import load_task_model
 
 
 class SharedTraces:
-    """Stands in for `exporter._trace`: the first model of an architecture is traced, the others take its trace with
+    """Stands in for `exporter.trace`: the first model of an architecture is traced, the others take its trace with
     weights of their own.
 
     An architecture is what ``config.json`` and the files of a sentence embedding's pooling say, with the task, the

@@ -21,12 +21,12 @@ def test_a_shared_trace_gives_the_file_of_a_trace_of_its_own(
     for seed in (3, 4):
         baked.write_checkpoint("bert", tmp_path / f"checkpoint-{seed}", seed=seed)
     traces = SharedTraces(shared_traces.trace)
-    monkeypatch.setattr(exporter, "_trace", traces)
+    monkeypatch.setattr(exporter, "trace", traces)
     first, shared = (
         exporter.export(tmp_path / f"checkpoint-{seed}", tmp_path / f"{seed}", target=target, dtype=dtype)
         for seed in (3, 4)
     )
     assert len(traces.traced) == 1
-    monkeypatch.setattr(exporter, "_trace", lambda *arguments: shared_traces.trace(*arguments).clone())
+    monkeypatch.setattr(exporter, "trace", lambda *arguments: shared_traces.trace(*arguments).clone())
     traced = exporter.export(tmp_path / "checkpoint-4", tmp_path / "traced", target=target, dtype=dtype)
     assert shared.path.read_bytes() == traced.path.read_bytes() != first.path.read_bytes()

@@ -125,4 +125,4 @@ if __name__ == "__main__":
     every = distributed.gathered([job(desk, out)])
     if not distributed.rank():
         (out / "processes.json").write_text(json.dumps(every))
-    distributed.finish()
+    torch.distributed.destroy_process_group()

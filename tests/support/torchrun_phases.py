@@ -70,4 +70,4 @@ if __name__ == "__main__":
     assert torch.distributed.get_world_size() == 2
     torch.set_num_threads(1)
     train(*map(Path, sys.argv[1:]))
-    distributed.finish()
+    torch.distributed.destroy_process_group()

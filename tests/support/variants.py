@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from nxm_export.contract.encoder_family import Family
+from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS
+
 
 def variants(
     values: Iterable[Any], fast: Callable[[Any], bool] | tuple[Any, ...], slow: tuple[Any, ...] | None = None
@@ -20,3 +23,8 @@ def variants(
         marks = [] if is_fast(value) else [later]
         marked.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
     return marked
+
+
+def placements_of(family: Family) -> tuple[str, ...]:
+    """Those of `PLACEMENTS` that a family can train."""
+    return tuple(name for name in PLACEMENTS if family.attention.quantizable or name not in INT8_ATTENTION)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.benchmark.latency import BenchReport, Ratio, Timing
+from engines.benchmark.latency import BenchReport, Timing
+from nxm_export.contract.records.speedup import Speedup
 from tools.gpu.evidence import DENSE, FP16, SPARSE, Forced, Parity, Plan, Result, Sparsity, Variant, kept_at, write_page
 
 DEVICE = {"gpu": "NVIDIA H100 X", "compute_capability": "9.0", "driver": "580.1", "cuda": "13.0"}
@@ -19,7 +20,7 @@ def bench(verdict: str, *shapes: tuple[int, int, float, float, float]) -> BenchR
     for batch, sequence, *times in shapes:
         for name, median in zip((FP16, DENSE, SPARSE), times, strict=True):
             timings.append(Timing(name, batch, sequence, median, (median, median), 3))
-        ratios.append(Ratio(SPARSE, DENSE, batch, sequence, times[1] / times[2], (1.2, 1.4)))
+        ratios.append(Speedup(SPARSE, DENSE, batch, sequence, times[1] / times[2], (1.2, 1.4)))
     return BenchReport(tuple(timings), tuple(ratios), verdict)
 
 

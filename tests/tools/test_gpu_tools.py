@@ -25,7 +25,7 @@ import torch
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.sparsity.build_evidence import LayerInfo
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import read_record
 from tests.support import tiny
 from tools import ROOT

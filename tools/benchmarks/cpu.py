@@ -25,8 +25,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from engines.devices import cpu_device
 from engines.ort.backend import ENGINE_FILE
-from engines.passport import companion_hashes, cpu_device, load_passport
+from engines.passport import companion_hashes, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of

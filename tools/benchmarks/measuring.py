@@ -68,19 +68,19 @@ class Circumstances(TypedDict):
     versions: dict[str, str]
 
 
-def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> Ratio:
+def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
     """Median of the ratios of interleaved rounds, with its 95 % bootstrap interval over rounds."""
     ratios = np.array(times) / np.array(reference)
-    return {"ratio": float(np.median(ratios)), "interval": _interval(ratios, seed)}
+    return {"ratio": float(np.median(ratios)), "interval": _interval(ratios)}
 
 
-def median_of(times: Sequence[float], seed: int = 0) -> Median:
+def median_of(times: Sequence[float]) -> Median:
     """Median, with its 95 % bootstrap interval over rounds."""
-    return {"median": float(np.median(times)), "interval": _interval(np.array(times), seed)}
+    return {"median": float(np.median(times)), "interval": _interval(np.array(times))}
 
 
-def _interval(values: npt.NDArray[np.float64], seed: int) -> list[float]:
-    return list(bootstrap_interval(len(values), lambda picks: float(np.median(values[picks])), seed))
+def _interval(values: npt.NDArray[np.float64]) -> list[float]:
+    return list(bootstrap_interval(len(values), lambda picks: float(np.median(values[picks])), seed=0))
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -114,7 +114,7 @@ def in_child(kind: type[T], module: str, *arguments: str) -> T:
 
 def circumstances(threads: int, packages: Sequence[str]) -> Circumstances:
     """When, on what and with which versions: the head of a record."""
-    from engines.passport import cpu_device
+    from engines.devices import cpu_device
 
     cpu = cpu_device()
     return {

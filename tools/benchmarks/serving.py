@@ -29,7 +29,8 @@ import numpy as np
 
 from engines.base import LoadOptions, backend
 from engines.benchmark.http_load import Client, ServedModel, run_round, with_text, with_tokens
-from engines.passport import cpu_device, load_passport
+from engines.devices import cpu_device
+from engines.passport import load_passport
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.triton import export_repository

@@ -33,7 +33,7 @@ from compressors.settings import Losses, Settings
 from compressors.training.admm_schedule import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES
 from compressors.training.averaged_weights import AveragedWeights
 from compressors.training.default_recipe import MEASURED_WIDTH, training_of
-from compressors.training.distillation import Student, lighten
+from compressors.training.distillation import Student, free_teacher_memory
 from compressors.training.phases import freeze_embeddings
 from compressors.training.trainer import Phase, PhaseData, mean_loss, optimizer_of, run_phase, wants_bf16
 from nxm_export.contract.families import FAMILIES
@@ -183,7 +183,7 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
     if kind.startswith("admm"):
         admm = Admm.of(layers, mode, settings.damping)
     if teacher is not None:
-        lighten(teacher, model, bf16)
+        free_teacher_memory(teacher, model, bf16)
     student = Student(model, losses, teacher, admm).train()
     made = Arm(student, optimizer_of(student, Phase("bench", 1, training.learning_rate)), bf16)
     if kind.startswith("qat"):

@@ -44,7 +44,8 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.protocols import HasAttention
-from nxm_export.pipeline.inspection import inspect_engine, measure_layers
+from nxm_export.pipeline.engine_sparsity import measure_layers
+from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
 from nxm_export.storage.atomic import make_directory, write_atomic
 from nxm_export.storage.json_files import encode, read_record

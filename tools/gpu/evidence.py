@@ -24,7 +24,7 @@ from typing import cast
 
 from engines.base import BuildOptions, Profile
 from engines.benchmark.latency import BenchReport
-from engines.sparsity.judgement import SparsityReport
+from engines.sparsity.sparsity_report import SparsityReport
 from nxm_export.data.features import Features
 from nxm_export.errors import NxmError
 from nxm_export.hf.protocols import AutoClass
@@ -189,8 +189,9 @@ def shape_of(text: str) -> tuple[int, int]:
 
 def measure(variant: Variant, plan: Plan) -> Result:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
+    from nxm_export.pipeline.engine_sparsity import measure_layers
     from nxm_export.pipeline.engine_timing import bench_engines
-    from nxm_export.pipeline.inspection import inspect_engine, measure_layers
+    from nxm_export.pipeline.inspection import inspect_engine
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
     work = plan.work / "build" / plan.name / variant.name

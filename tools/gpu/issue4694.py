@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engines.base import BACKENDS, BuildOptions, backend
 from engines.sparsity.build_evidence import LayerInfo, product_layers, read_evidence
-from engines.sparsity.judgement import SparsityReport
+from engines.sparsity.sparsity_report import SparsityReport
 from nxm_export.errors import NxmError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.inspection import inspect_engine

@@ -1,7 +1,7 @@
 """The resampled metrics of `nxm_export.data.metrics` from confusion matrices, a thousand resamples in milliseconds.
 
-The draws are those of `nxm_export.data.metrics.interval`, so the numbers are the same up to rounding of the last digit;
-only the way there is shorter: all metrics of a classification are functions of its confusion matrix.
+The draws are those of `nxm_export.data.metrics.ScoredOutputs.interval`, so the numbers are the same up to rounding of
+the last digit; only the way there is shorter: all metrics of a classification are functions of its confusion matrix.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,14 +23,11 @@ from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
-from compressors.training.output_divergence import divergence
 from nxm_export.contract.config_values import size_of
-from nxm_export.contract.packed_checkpoint import pack
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.records.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.metrics import metric_named
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress
@@ -41,10 +36,10 @@ from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert, encode, read_json
 from tools import provenance
 from tools.results import tasks
-from tools.results.bootstrap import resampled
+from tools.results.clock import Clock
+from tools.results.finished import Answers, divergences, outputs_file, sizes, training_facts
 from tools.results.records import (
     DEFAULTS,
-    Classes,
     Compression,
     CompressionFacts,
     Grid,
@@ -55,16 +50,10 @@ from tools.results.records import (
     Record,
     Samples,
     SearchFacts,
-    Sizes,
-    TrainingFacts,
     compress_part,
-    decode_classes,
     digest,
-    encode_classes,
-    one_hot,
 )
 from tools.results.rows import Row
-from tools.results.statistics import percentiles
 from tools.results.store import TaskStore, in_turn
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
@@ -144,17 +133,17 @@ class Measure:
                 **self._data(out),
             )
         record, labels = self._record(row, seed, out, settings, clock.seconds)
-        divergences = _divergences(teacher.path, out)
+        kl = divergences(teacher.path, out)
         facts = CompressionFacts(
             recipe=metrics.recipe,
-            kl_to_dense=float(np.mean(divergences)),
-            training=_training(metrics),
+            kl_to_dense=float(np.mean(kl)),
+            training=training_facts(metrics),
             mask_sha256=metrics.mask_hash,
             compression=Compression(*(plan.compression(counting) for counting in ("hw", "packed", "values"))),
-            bytes=_bytes(plan, out),
+            bytes=sizes(plan, out),
             plan=PlanFacts(dict(plan.pattern_counts), {name: str(spec) for name, spec in plan.weights.items()}),
             search=searched,
-            kl_by_sentence=tuple(float(f"{value:.5g}") for value in divergences),
+            kl_by_sentence=tuple(float(f"{value:.5g}") for value in kl),
         )
         self._drop(out)
         return replace(record, teacher_sha256=teacher.sha256, compressed=facts), labels
@@ -263,7 +252,7 @@ class Measure:
                 dev=str(slices.dev),
                 out=out,
                 settings=settings,
-                outputs=_outputs_file(out),
+                outputs=outputs_file(out),
                 progress=progress,
             )
         answers = Answers.of(out)
@@ -328,7 +317,7 @@ class Measure:
             "task": "classification",
             "train": str(self.files.train),
             "dev": str(self.files.dev),
-            "outputs": _outputs_file(out),
+            "outputs": outputs_file(out),
         }
 
     def _directory(self, seed: int) -> Path:
@@ -346,39 +335,6 @@ class DataArguments(TypedDict):
     train: str
     dev: str
     outputs: Path
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a finished checkpoint says on dev, and what is right; one character per sentence."""
-
-    predictions: str
-    labels: str
-    classes: int
-
-    @classmethod
-    def of(cls, directory: Path) -> Answers:
-        """Read them from beside the checkpoint's directory."""
-        from safetensors.numpy import load_file
-
-        file = _outputs_file(directory)
-        if not file.is_file():
-            raise DataError(f"{file} is missing: what {directory} says on dev is not known; remove both")
-        arrays = load_file(file)
-        logits = arrays["logits"]
-        return cls(encode_classes(logits.argmax(axis=-1)), encode_classes(arrays["labels"]), logits.shape[-1])
-
-    def metric(self, name: str) -> float:
-        """A metric by its name."""
-        return metric_named(name)(one_hot(self.predictions, self.classes), self._right)
-
-    def interval(self, name: str) -> tuple[float, float]:
-        """Its 95 % bootstrap interval."""
-        return percentiles(resampled(name, decode_classes(self.predictions), self._right, self.classes))
-
-    @property
-    def _right(self) -> Classes:
-        return decode_classes(self.labels)
 
 
 @dataclass(frozen=True)
@@ -412,33 +368,6 @@ class Teacher:
     sha256: str
 
 
-class Clock:
-    """Seconds of some `work`, which a text without white space stands for, over all the processes that did it; kept in
-    a file every few seconds. What is kept of other work does not count."""
-
-    EVERY = 5.0
-
-    def __init__(self, file: Path, work: str) -> None:
-        self.file, self.work, self.began, self.kept = file, work, time.monotonic(), 0.0
-        seconds, _, known = file.read_text(encoding="utf-8").strip().partition(" ") if file.is_file() else ("0", "", "")
-        self.before = float(seconds) if known in ("", work) else 0.0  # older files do not say of what
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return self.before + time.monotonic() - self.began
-
-    def keep(self) -> None:
-        """Write the seconds down, if that was not done just now."""
-        if time.monotonic() - self.kept > self.EVERY:
-            self.kept = time.monotonic()
-            write_atomic(self.file, f"{self.seconds:.1f} {self.work}\n")
-
-    def stop(self) -> None:
-        """The work is complete."""
-        self.file.unlink(missing_ok=True)
-
-
 def say(text: str) -> None:
     """One line on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -448,55 +377,11 @@ def machine() -> Machine:
     """CPU model and instruction sets, GPU if there is one, and the threads that torch uses."""
     import torch
 
-    from engines.passport import cpu_device
+    from engines.devices import cpu_device
 
     cpu = cpu_device()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return Machine(cpu.get("name", "unknown"), cpu.get("features", ""), torch.get_num_threads(), gpu)
-
-
-def _outputs_file(directory: Path) -> Path:
-    """Where what a model says on dev is kept: beside its directory."""
-    return directory.with_name(f"{directory.name}.outputs.safetensors")
-
-
-def _divergences(dense: Path, checkpoint: Path) -> list[float]:
-    """KL(dense || checkpoint) of the answer to every dev sentence, in nats."""
-    from safetensors.torch import load_file
-
-    reference, logits = (load_file(_outputs_file(directory))["logits"] for directory in (dense, checkpoint))
-    return [divergence(one, other) for one, other in zip(reference, logits, strict=True)]
-
-
-def _training(metrics: CompressionMetrics) -> TrainingFacts:
-    return TrainingFacts(
-        qat_steps=metrics.qat_steps,
-        held_out_samples=metrics.held_out_samples,
-        outputs_in_float=dict(metrics.outputs_in_float) or None,
-        admm=metrics.admm,
-        admm_steps=metrics.admm_steps,
-        residual=metrics.residual,
-        residual_gate_passed=metrics.residual_gate_passed,
-        sr_ste_steps=metrics.sr_ste_steps,
-        permutation=metrics.permutation,
-        embedding_table_drop=metrics.embedding_table_drop,
-        embedding_table_drop_interval=metrics.embedding_table_drop_interval,
-        more_text=metrics.more_text,
-    )
-
-
-def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
-    """Of the planned matrices: FP32, stored (`packed`), in an INT8 engine; of the whole model: the file of ``nxm
-    pack``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        packed = pack(checkpoint, Path(scratch) / "packed.safetensors")
-    return Sizes(
-        fp32=4 * sum(out * in_ for out, in_ in plan.shapes.values()),
-        packed=-(-plan.stored_bits("packed") // 8),
-        engine_sparse=plan.engine_bytes(sparse=True),
-        engine_dense=plan.engine_bytes(sparse=False),
-        file=packed.file_bytes,
-    )
 
 
 def changed(settings: Settings, row: Row, width: int) -> Settings:

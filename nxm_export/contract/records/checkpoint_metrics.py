@@ -64,15 +64,7 @@ class DenseMetrics(Scores):
     @classmethod
     def of(cls, scores: Scores, *, steps: int, revision: str | None) -> DenseMetrics:
         """The metrics with these scores."""
-        return cls(
-            metric=scores.metric,
-            value=scores.value,
-            interval=scores.interval,
-            dev_samples=scores.dev_samples,
-            secondary_metrics=scores.secondary_metrics,
-            steps=steps,
-            revision=revision,
-        )
+        return cls(**vars(scores), steps=steps, revision=revision)
 
     def to_dict(self) -> dict[str, object]:
         """What ``metrics.json`` holds."""
@@ -150,26 +142,8 @@ class CompressionMetrics(TrainingFacts, Scores):
     ) -> CompressionMetrics:
         """The metrics with these scores and these facts of the training."""
         return cls(
-            metric=scores.metric,
-            value=scores.value,
-            interval=scores.interval,
-            dev_samples=scores.dev_samples,
-            secondary_metrics=scores.secondary_metrics,
-            recipe=facts.recipe,
-            steps=facts.steps,
-            train_samples=facts.train_samples,
-            held_out_samples=facts.held_out_samples,
-            qat_steps=facts.qat_steps,
-            mask_hash=facts.mask_hash,
-            average=facts.average,
-            outputs_in_float=facts.outputs_in_float,
-            permutation=facts.permutation,
-            admm=facts.admm,
-            admm_steps=facts.admm_steps,
-            residual=facts.residual,
-            residual_gate_passed=facts.residual_gate_passed,
-            sr_ste_steps=facts.sr_ste_steps,
-            more_text=facts.more_text,
+            **vars(scores),
+            **vars(facts),
             embedding_table_drop=embedding_table_drop,
             embedding_table_drop_interval=embedding_table_drop_interval,
         )

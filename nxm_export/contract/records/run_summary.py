@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.storage.json_files import encode, read_record, to_json_object
 from nxm_export.storage.run_dir import RunDir
@@ -42,18 +43,6 @@ class ShapeLatency:
     seq: int
     median: float
     quartiles: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times faster `name` is than `reference` at one shape, with its 95 % interval."""
-
-    name: str
-    reference: str
-    batch: int
-    sequence: int
-    speedup: float
-    interval: tuple[float, float]
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,6 @@ class _Scan:
         return ScannedProducts(tuple(self._facts), tuple(self._unread))
 
 
-def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
-    """The facts of every weight matrix that was read, in graph order; `source` names the file in errors."""
-    return list(scan_products(model, source).facts)
-
-
 def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
     name = parameter_of(weight.name)
     spec = planned_spec(plan, name) if plan else None

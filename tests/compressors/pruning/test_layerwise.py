@@ -35,8 +35,8 @@ from compressors.quantization.prepare_bake import prepare
 from compressors.settings import SECOND_ORDER
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import DataError
-from tests.compressors.pruning.test_sparsegpt import correlated
-from tests.compressors.quantization.test_fake_quant import CONFIG, FAMILY, Block
+from tests.support.bert_block import CONFIG, FAMILY, Block
+from tests.support.random_tensors import correlated
 
 PATTERNS = [NMPattern(1, 2), NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from compressors.models import load_model, resolve
 from compressors.projections import magnitude_scores
@@ -32,13 +31,10 @@ from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, r
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
 from tests.support import tiny
+from tests.support.random_tensors import randn
 from tests.support.variants import variants
 
 PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def answers(model: Any) -> Any:

@@ -8,11 +8,7 @@ import torch
 from compressors.projections import project_nm
 from compressors.pruning.sparsegpt import prune
 from nxm_export.contract.plan import NMPattern
-
-
-def correlated(samples: int, size: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, size, generator=generator) @ torch.randn(size, size, generator=generator)
+from tests.support.random_tensors import correlated
 
 
 def output_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

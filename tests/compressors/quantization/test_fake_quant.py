@@ -1,19 +1,13 @@
 """Fake quantization against integer arithmetic and against autograd of its definition."""
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressors.models import load_model, resolve
 from compressors.projections import mse_scale, nm_mask
 from compressors.quantization.autograd import fake_quantize
 from compressors.quantization.fake_quant import (
@@ -21,23 +15,13 @@ from compressors.quantization.fake_quant import (
     PartQuantizers,
     QuantLinear,
     activation_quantizers,
-    quant_linears,
 )
-from compressors.quantization.observers import HistogramObserver
-from compressors.quantization.prepare_bake import bake, calibrate, prepare, require_invariants
-from compressors.settings import Settings
-from nxm_export.contract.checkpoint import read_config
-from nxm_export.contract.families import FAMILIES
+from compressors.quantization.prepare_bake import require_invariants
 from nxm_export.contract.plan import NMPattern, WeightSpec
-from nxm_export.contract.tasks import TASKS
-from nxm_export.errors import ArtifactError, DataError, PlanError
-from tests.support import tiny
+from nxm_export.errors import ArtifactError
+from tests.support.random_tensors import randn
 
 W4 = WeightSpec(NMPattern(2, 4), 4, 8)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def definition(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -341,162 +325,6 @@ def test_baked_weights_lie_on_pattern_and_grid_exactly(bits: int | None) -> None
     assert torch.equal(codes * scale[:, None], weight)
 
 
-class Block(nn.Module):
-    """A stand-in with the module names of one BERT block; only the linear layers matter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bert = nn.Module()
-        self.bert.encoder = nn.Module()
-        layer = nn.Module()
-        layer.attention = nn.Module()
-        layer.attention.self = nn.Module()
-        layer.attention.output = nn.Module()
-        layer.intermediate, layer.output = nn.Module(), nn.Module()
-        for name in ("query", "key", "value"):
-            setattr(layer.attention.self, name, nn.Linear(8, 8))
-        layer.attention.output.dense = nn.Linear(8, 8)
-        layer.intermediate.dense, layer.output.dense = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.bert.encoder.layer = nn.ModuleList([layer])
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        layer: Any = self.bert.encoder.layer[0]  # type: ignore[index, union-attr]  # of modules put together here
-        x = torch.stack([input_ids.float() * (i + 1) for i in range(8)], dim=-1)
-        attended = layer.attention.self
-        x = layer.attention.output.dense(attended.query(x) + attended.key(x) + attended.value(x))
-        return cast(Tensor, layer.output.dense(layer.intermediate.dense(x).relu()))
-
-
-CONFIG = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
-FAMILY = FAMILIES["bert"]
-
-
-def test_query_key_and_value_share_one_quantizer_that_runs_once() -> None:
-    model = Block()
-    prepare(model, FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), FAMILY, CONFIG)
-    layers = list(quant_linears(model).values())
-    shared = layers[0].reads
-    assert shared is not None
-    assert [layer.reads is shared for layer in layers] == [True, True, True, False, False, False]
-    assert len(activation_quantizers(model)) == 4
-    assert shared.readers == 3
-    names = [name for name, _ in model.named_parameters() if "input_quantizer" in name]
-    assert len(names) == 4  # saved once, not three times
-    x = randn(2, 8)
-    first, second = shared.codes(x), shared.codes(x)
-    assert first[0] is second[0]
-    shared.codes(x)  # the third reader
-    assert shared._cached is None  # and nothing is kept after it
-
-
-def test_prepare_and_bake_undo_each_other() -> None:
-    model = Block()
-    before = copy.deepcopy(model.state_dict())
-    plan = FAMILY.uniform_plan(CONFIG, WeightSpec(None, 8, 8))
-    prepare(model, plan, FAMILY, CONFIG)
-    scales = bake(model, plan)
-    assert set(model.state_dict()) == set(before)
-    assert all(type(module) is not QuantLinear for module in model.modules())
-    for name, tensor in model.state_dict().items():
-        step = scales[f"{name}_scale"][:, None] if f"{name}_scale" in scales else np.zeros((1, 1))
-        # A weight moves by half a step at most, plus what clipping at a fitted scale takes.
-        assert np.abs((tensor - before[name]).numpy()).max() <= 0.51 * np.max(step) + 1e-7
-    assert sorted(kind.rpartition(".")[2] for kind in scales).count("output_scale") == 5
-
-
-def test_calibration_ignores_padding() -> None:
-    model = Block()
-    prepare(model, FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), FAMILY, CONFIG)
-    ids = torch.tensor([[1, 2, 1000], [2, 1, 1000]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
-    calibrate(model, [{"input_ids": ids, "attention_mask": mask}], 100.0)
-    actual = float(activation_quantizers(model)[0].scale) * 127
-    assert actual == pytest.approx(
-        2 * 8, rel=1e-3
-    )  # the largest real value is 2 times the factor 8; padding holds 8000
-
-
-def test_percentile_of_a_stream_matches_numpy_and_needs_no_more_memory() -> None:
-    observer, chunks = HistogramObserver(), [randn(1000, seed=i) * (i + 1) for i in range(20)]
-    for chunk in chunks:
-        observer.observe(chunk)
-    assert observer.counts is not None
-    assert observer.counts.numel() == 4096
-    values = torch.cat(chunks).abs().numpy()
-    for q in (50.0, 99.0, 99.9, 100.0):
-        actual = observer.percentile(q)
-        # At least q percent lie at or below it, and no longer one histogram bin further down.
-        assert (values <= actual * (1 + 1e-6)).mean() >= q / 100
-        assert (values <= actual - 1.001 * observer.limit / 4096).mean() <= q / 100
-
-
-def squared_error(values: Tensor, scale: float) -> float:
-    codes = (values.double() / scale).round().clamp(-128, 127)
-    return float((codes * scale - values.double()).square().sum())
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    rare=st.integers(0, 40), size=st.floats(1.0, 500.0), chunks=st.integers(1, 5), seed=st.integers(0, 10)
-)  # some of 20,000 values are far larger than the others, as in what encoders compute
-def test_the_scale_of_least_error_is_that_of_a_search_over_the_values_themselves(
-    rare: int, size: float, chunks: int, seed: int
-) -> None:
-    values = randn(20_000, seed=seed)
-    values[torch.randperm(20_000, generator=torch.Generator().manual_seed(seed))[:rare]] *= size
-    observer = HistogramObserver()
-    for chunk in values.chunk(chunks):
-        observer.observe(chunk)
-    chosen = squared_error(values, observer.scale(127, None))
-    tried = np.linspace(0.1, 1.0, 200) * float(values.abs().max()) / 127
-    # The histogram has 2048 bins or more up to the largest value: at least 16 of them to a step.
-    assert chosen <= 1.05 * min(squared_error(values, float(scale)) for scale in tried)
-
-
-def test_a_percentile_cuts_off_what_a_few_tokens_carry_and_least_error_does_not() -> None:
-    values = randn(100_000)
-    values[:9] = 60.0  # fewer than one in ten thousand
-    observer = HistogramObserver()
-    observer.observe(values)
-    assert observer.scale(127, 99.99) * 127 < 6
-    assert observer.scale(127, None) * 127 > 55
-
-
-def test_more_values_than_float32_counts_are_counted() -> None:
-    observer, values = HistogramObserver(), torch.zeros(2**24 + 4096)
-    values[0] = 1.0
-    observer.observe(values)
-    assert observer.counts is not None
-    assert int(observer.counts.sum()) == len(values)
-
-
-def test_zeros_alone_have_a_scale() -> None:
-    observer = HistogramObserver()
-    observer.observe(torch.zeros(4))
-    assert observer.scale(127, None) > 0
-
-
-def test_ranges_are_of_least_error_where_no_training_moves_them() -> None:
-    assert [Settings(steps=0).range_percentile, Settings(recipe="one-shot").range_percentile] == [None, None]
-    assert Settings(steps=5).range_percentile == Settings().range_percentile == 99.99
-    assert Settings(steps=0, percentile=99.0).range_percentile == Settings(percentile=99.0).range_percentile == 99.0
-
-
-def test_calibration_says_what_is_wrong() -> None:
-    with pytest.raises(DataError, match="saw no activation"):
-        HistogramObserver().scale(127, 99)
-    with pytest.raises(DataError, match="saw no activation"):
-        HistogramObserver().scale(127, None)
-    with pytest.raises(DataError, match="NaN or infinite"):
-        HistogramObserver().observe(torch.tensor([1.0, float("nan")]))
-
-
-def test_int8_attention_needs_quantized_queries_keys_and_values() -> None:
-    plan = replace(FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), attention="int8")
-    with pytest.raises(PlanError, match="needs output_bits 8 on every query, key and value"):
-        prepare(Block(), plan, FAMILY, CONFIG)
-
-
 def test_every_part_of_a_fused_matrix_is_rounded_by_a_scale_of_its_own() -> None:
     torch.manual_seed(0)
     parts = ("query", "key", "value")
@@ -518,44 +346,3 @@ def test_every_part_of_a_fused_matrix_is_rounded_by_a_scale_of_its_own() -> None
     assert len({float(part.abs().max()) for part in expected}) == 3  # the scales are too unlike to be mixed up
     torch.autograd.backward(y.square().sum())
     assert all(quantizer.log_scale.grad is not None for quantizer in quantizers)
-
-
-def test_a_fused_matrix_leaves_a_scale_for_each_part_and_attention_quantizes_what_is_rotated(tmp_path: Path) -> None:
-    path = tiny.write_model("modernbert", tmp_path, head="classification", layers=1)
-    model = load_model(resolve(path), TASKS["classification"])
-    family, config = FAMILIES["modernbert"], read_config(tmp_path)
-    plan = family.uniform_plan(config, WeightSpec.parse("W8"), placement="attention")
-    prepare(model, plan, family, config)
-    ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
-    calibrate(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], 100.0)
-    scales = bake(model, plan)
-    block = "model.layers.0"
-    written = {name.removeprefix(f"{block}.") for name in scales if not name.endswith((".input_scale", "weight_scale"))}
-    assert written == {
-        *(f"attn.Wqkv.{part}.output_scale" for part in ("query", "key", "value")),
-        *(f"mlp.Wi.{part}.output_scale" for part in ("input", "gate")),
-        *("attn.Wo.output_scale", "mlp.Wo.output_scale", "attn.query_scale", "attn.key_scale"),
-    }
-    assert all(scale.shape == () and scale > 0 for name, scale in scales.items() if not name.endswith("weight_scale"))
-    assert not quant_linears(model)
-    assert not activation_quantizers(model)
-
-
-def test_attention_inside_a_module_of_its_own_multiplies_quantized_probabilities(tmp_path: Path) -> None:
-    path = tiny.write_model("mpnet", tmp_path, head="classification", layers=1)
-    model = load_model(resolve(path), TASKS["classification"])
-    family, config = FAMILIES["mpnet"], read_config(tmp_path)
-    prepare(model, family.uniform_plan(config, WeightSpec.parse("W8"), placement="products"), family, config)
-    ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    calibrate(model, [batch], 100.0)
-    read: list[Tensor] = []
-    dropout = model.get_submodule("mpnet.encoder.layer.0.attention.attn.dropout")
-    dropout.register_forward_hook(lambda module, args, output: read.append(args[0]))
-    model(**batch).logits.square().sum().backward()
-    codes = 127 * read[0].detach().numpy()
-    np.testing.assert_allclose(codes, codes.round(), rtol=0, atol=1e-4)
-    assert len(np.unique(codes.round())) > 3
-    gradient = quant_linears(model)["mpnet.encoder.layer.0.attention.attn.q.weight"].weight.grad
-    assert gradient is not None
-    assert float(gradient.abs().max()) > 0  # they have a gradient

@@ -17,8 +17,9 @@ import torch
 from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
 from compressors.search.knapsack import choose
-from compressors.search.plan_selection import Choice, Selector, Trial, WeightOptions, _by_score, write_trials
+from compressors.search.plan_selection import Choice, Selector, Trial, _by_score, write_trials
 from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, MIN_SAMPLES, SearchSettings
+from compressors.search.weight_options import WeightOptions
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import DataError, PlanError

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from compressors.settings import Losses
 from compressors.training import distillation
-from compressors.training.distillation import Student, hidden_loss, lighten, real_rows, tokens_of
+from compressors.training.distillation import Student, free_teacher_memory, hidden_loss, real_rows, tokens_of
 from compressors.training.phases import freeze_embeddings
 from nxm_export.data.token_labels import NO_LABEL
 
@@ -103,7 +103,7 @@ def test_a_lightened_teacher_answers_the_same_to_the_last_bit(bf16: bool) -> Non
     student = copy.deepcopy(teacher).requires_grad_()
     freeze_embeddings(student)
     before = answers(teacher, PADDED, bf16)
-    lighten(teacher, student, bf16)
+    free_teacher_memory(teacher, student, bf16)
     for expected, actual in zip(before, answers(teacher, PADDED, bf16), strict=True):
         assert torch.equal(actual, expected)
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
@@ -117,7 +117,7 @@ def test_a_teacher_with_other_tables_keeps_its_own() -> None:
     teacher, student = classifier(seed=0).requires_grad_(False), classifier(seed=1)
     freeze_embeddings(student)
     before = answers(teacher, FULL, False)
-    lighten(teacher, student, False)
+    free_teacher_memory(teacher, student, False)
     for expected, actual in zip(before, answers(teacher, FULL, False), strict=True):
         assert torch.equal(actual, expected)
 
@@ -197,7 +197,7 @@ def test_training_from_a_lightened_teacher_gives_the_same_weights() -> None:
         student = copy.deepcopy(teacher).requires_grad_().train()
         freeze_embeddings(student)
         if light:
-            lighten(teacher, student, True)
+            free_teacher_memory(teacher, student, True)
         taught = Student(student, Losses(task=0.5, logits=1.0, hidden=1.0), teacher, None)
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-2)
         for step in range(3):

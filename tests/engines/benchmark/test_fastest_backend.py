@@ -14,10 +14,11 @@ from click.testing import CliRunner
 
 from engines.base import BuildOptions, Engine, backend, cpu_backends
 from engines.benchmark.fastest_backend import judge
-from engines.benchmark.latency import BenchReport, Ratio, Timing, bench
+from engines.benchmark.latency import BenchReport, Timing, bench
 from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
 from nxm_export.cli import main
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline.engine_builds import ParityCheck, build_fastest
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
@@ -102,7 +103,7 @@ def test_of_those_that_are_proven_faster_the_fastest_is_kept(
 ) -> None:
     timings = tuple(Timing(name, 1, 8, 2.0, (1.9, 2.1), 30) for name in ("first", "second", "third"))
     ratios = tuple(
-        Ratio(name, "first", 1, 8, speedup, (low, high))
+        Speedup(name, "first", 1, 8, speedup, (low, high))
         for name, (speedup, low, high) in (("second", second), ("third", third))
     )
     choice = judge(BenchReport(timings, ratios), [(1, 8)], {"fourth": "no GPU"})

@@ -8,15 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.benchmark.latency import (
-    LEAST_ROUNDS,
-    SCHEMA,
-    BenchReport,
-    Ratio,
-    Timing,
-    paired,
-    read_bench_report,
-)
+from engines.benchmark.latency import LEAST_ROUNDS, SCHEMA, BenchReport, Timing, paired, read_bench_report
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import as_objects, encode
 
@@ -25,7 +18,7 @@ REPORT = BenchReport(
         Timing("dense", 1, 32, 2.0, (1.75, 2.25), 30),
         Timing("sparse", 1, 32, 1.0, (0.5, 1.5), 30, "CUDA events"),
     ),
-    ratios=(Ratio("sparse", "dense", 1, 32, 2.0, (1.5, 2.5)),),
+    ratios=(Speedup("sparse", "dense", 1, 32, 2.0, (1.5, 2.5)),),
     verdict="2:4 pays",
     unmeasured=("elsewhere: no GPU here",),
 )

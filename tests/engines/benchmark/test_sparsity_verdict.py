@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from engines.base import Binding, Engine
-from engines.benchmark.latency import GPU_WARM_UP_S, WARMUP, BenchReport, Ratio, bench, interleaved, sparse_verdict
+from engines.benchmark.latency import GPU_WARM_UP_S, WARMUP, BenchReport, bench, interleaved, sparse_verdict
 from nxm_export.cli.first_lines import of_bench
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import EngineError
 
 Speedups = list[tuple[int, int, float, float]]  # batch, sequence, speed-up, half the width of its interval
@@ -32,7 +33,7 @@ class Steady:
 
 def verdict(speedups: Speedups, share: float | None = 0.5) -> str:
     ratios = tuple(
-        Ratio("int8-sparse", "int8-dense", batch, sequence, speedup, (speedup - width, speedup + width))
+        Speedup("int8-sparse", "int8-dense", batch, sequence, speedup, (speedup - width, speedup + width))
         for batch, sequence, speedup, width in speedups
     )
     return sparse_verdict(BenchReport((), ratios), "int8-sparse", "int8-dense", share, "A100")
@@ -94,8 +95,8 @@ def test_nothing_is_ascribed_to_kernels_that_do_not_run() -> None:
 
 def test_the_twins_are_held_against_each_other_alone() -> None:
     against = {"int8-dense": 0.9, "fp16": 2.0}
-    ratios = [Ratio("int8-sparse", name, 1, 128, speedup, (speedup, speedup)) for name, speedup in against.items()]
-    ratios.append(Ratio("another", "int8-dense", 1, 128, 3.0, (3.0, 3.0)))
+    ratios = [Speedup("int8-sparse", name, 1, 128, speedup, (speedup, speedup)) for name, speedup in against.items()]
+    ratios.append(Speedup("another", "int8-dense", 1, 128, 3.0, (3.0, 3.0)))
     for order in (ratios, ratios[::-1]):
         report = BenchReport((), tuple(order))
         assert sparse_verdict(report, "int8-sparse", "int8-dense", 1.0, "A100").startswith("do not use 2:4 here")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from engines.cusparselt.fusing import Function
 from engines.cusparselt.kernels import Taken
 from engines.cusparselt.machine import Machine
@@ -21,6 +23,8 @@ FACTS = {
     "gpu": "stand-in of tests",
     "compute_capability": "9.0",
 }
+SPARSE_KERNEL = "sm90_xmma_sparse_gemm_i8i8_i8i32_tn_n_tilesize128x128x128_gmmastage"
+FASTER = {(name, True): 1.0 for name in ("int8", "float16", "int32")}
 
 
 def machine(kernels: IntegerReferenceKernels | None = None) -> Machine:
@@ -91,3 +95,10 @@ class Compiling(Named):
 
         traced: Function = torch.compile(super().compile(function), backend="eager", fullgraph=True)
         return traced
+
+
+def two_four(n: int, k: int, seed: int) -> np.ndarray:
+    """Random codes (N, K) with none, one or two of every four."""
+    random = np.random.default_rng(seed)
+    kept = random.random((n, k // 4, 4)).argsort(axis=-1) < random.integers(0, 3, (n, k // 4, 1))
+    return (random.integers(-127, 128, (n, k // 4, 4)) * kept).reshape(n, k).astype(np.int8)

@@ -20,20 +20,19 @@ from engines.cusparselt.machine import Machine
 from engines.cusparselt.profiling import KERNELS_FILE, KernelRun, ProfiledRun, read_profile, save_profile
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.passport import load_passport
-from engines.sparsity.judgement import SparsityReport, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.pipeline.inspection import inspect_path, require_sparse
+from nxm_export.pipeline.engine_sparsity import require_sparse
+from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.storage.hashing import file_hash
-from tests.engines.cusparselt.machines import Named, Priced, machine
+from tests.engines.cusparselt.machines import FASTER, SPARSE_KERNEL, Named, Priced, machine
 from tests.support import baked, onnx_text, tiny
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SPARSE_KERNEL = "sm90_xmma_sparse_gemm_i8i8_i8i32_tn_n_tilesize128x128x128_gmmastage"
 DENSE_KERNEL = "sm90_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x128"
-FASTER = {(name, True): 1.0 for name in ("int8", "float16", "int32")}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from engines.cusparselt.kernels import DENSE, FORMS, Form
 from engines.cusparselt.products import Products
 from engines.cusparselt.program import Choice, Product, Program
 from engines.cusparselt.stand_in import IntegerReferenceKernels
-from tests.engines.cusparselt.machines import Priced
-from tests.engines.cusparselt.test_stand_in import two_four
+from tests.engines.cusparselt.machines import Priced, two_four
 
 KERNELS = IntegerReferenceKernels()
 PLAIN = KERNELS.compile  # as it is

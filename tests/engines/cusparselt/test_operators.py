@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from engines.cusparselt.executor import MOST_SHAPES, Executor
+from engines.cusparselt.executor import MOST_SHAPES, Executor, _shape
 from engines.cusparselt.lowering import lowered
-from engines.cusparselt.operators import HOST, known
+from engines.cusparselt.operators import HOST, compute, known
+from engines.cusparselt.program import Attribute, Step
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from nxm_export.errors import EngineError
 from tests.support import onnx_text
@@ -138,6 +140,28 @@ def test_shapes_that_depend_on_values_are_refused(text: str, message: str) -> No
 def test_operators_that_are_not_known_are_named(text: str, named: str) -> None:
     with pytest.raises(EngineError, match=rf"^g.onnx: this engine does not know .*{named}.*--lowering matmul"):
         executor_of(text)
+
+
+@pytest.mark.parametrize(
+    ("op", "attribute", "value", "message"),
+    [
+        ("Softmax", "axis", "last", "Softmax: attribute axis must be a whole number, got 'last'"),
+        ("LayerNormalization", "epsilon", (1,), r"LayerNormalization: attribute epsilon must be a number, got \(1,\)"),
+        ("Gelu", "approximate", 1, "Gelu: attribute approximate must be a text, got 1"),
+        ("Transpose", "perm", 0, "Transpose: attribute perm must be a list of whole numbers, got 0"),
+    ],
+)
+def test_an_attribute_of_another_type_is_refused(op: str, attribute: str, value: Attribute, message: str) -> None:
+    """A damaged program may hold any: none is dropped, and none gives a traceback."""
+    x = torch.zeros(2, 3)
+    with pytest.raises(EngineError, match=message):
+        compute(op, [x, x[0]], {attribute: value})
+
+
+def test_a_shape_from_what_is_no_axis_is_refused() -> None:
+    step = Step("Shape", ("x",), ("y",), {"start": "first"})
+    with pytest.raises(EngineError, match="Shape: attribute start must be a whole number, got 'first'"):
+        _shape(torch.zeros(2, 3), step)
 
 
 def test_as_many_shapes_are_kept_as_it_says(tmp_path: Path) -> None:

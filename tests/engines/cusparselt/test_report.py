@@ -10,19 +10,17 @@ from engines.cusparselt.kernels import DENSE, FORMS
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.program import Choice, Measurement, Product, Program
 from engines.cusparselt.report import _with_engine, at_rows, dense_form, sparse_form, times
-from engines.sparsity.judgement import SparsityTarget, WeightSparsity, judge
+from engines.sparsity.judgement import judge
+from engines.sparsity.sparsity_report import SparsityTarget, WeightSparsity
 from nxm_export.contract.records.matrix_facts import MatrixFacts
+from tests.support.sparsity_evidence import fact
 
 FIRST, SECOND = list(FORMS)[:2]
 SPARSE_KERNEL = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128"
 OTHER_SPARSE = "cutlass3x_sm90_sptensorop_s64x128x64spgemm_s8_s8_s32_s8_s8_128x128x128_0_align32"
 FLOAT_KERNEL = "sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64"
 DENSE_KERNEL = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64"
-FACT = MatrixFacts(
-    name="w", node="node", form="matmul", k=64, n=32, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
-    pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=512, integer_weight=True,
-    integer_input=True, scales_along_k=False, has_zero_point=False, output="int8", epilogue="none",
-)  # fmt: skip
+FACT = fact(k=64, n=32, groups=512)
 PRODUCT = Product("w", "w.codes", "w.alpha", None, 64, 32, "int8", two_four=True)
 BROKEN = replace(FACT, sparse_along_k=False, broken_groups=9)
 TARGET = SparsityTarget("cusparselt", "0.8", "8.0")

@@ -11,15 +11,9 @@ from hypothesis import given, settings
 from engines.cusparselt.kernels import Kernels
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from nxm_export.errors import EngineError
+from tests.engines.cusparselt.machines import two_four
 
 KERNELS: Kernels = IntegerReferenceKernels()
-
-
-def two_four(n: int, k: int, seed: int) -> np.ndarray:
-    """Random codes (N, K) with none, one or two of every four."""
-    random = np.random.default_rng(seed)
-    kept = random.random((n, k // 4, 4)).argsort(axis=-1) < random.integers(0, 3, (n, k // 4, 1))
-    return (random.integers(-127, 128, (n, k // 4, 4)) * kept).reshape(n, k).astype(np.int8)
 
 
 @settings(max_examples=25)

@@ -24,8 +24,7 @@ from nxm_export.pipeline.sparsity_twins import TWINS
 from nxm_export.reporting.run_facts import read_engine
 from nxm_export.reporting.run_files import Files
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
-from tests.engines.cusparselt.machines import FACTS, Priced
-from tests.engines.cusparselt.test_backend import FASTER, SPARSE_KERNEL
+from tests.engines.cusparselt.machines import FACTS, FASTER, SPARSE_KERNEL, Priced
 from tests.support import tiny
 
 

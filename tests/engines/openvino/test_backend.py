@@ -27,7 +27,7 @@ from nxm_export.data.columns import Columns
 from nxm_export.pipeline.engine_builds import build_engine
 from nxm_export.pipeline.labelled_texts import features_of
 from tests.support import baked, onnx_text, tiny
-from tests.support.variants import variants
+from tests.support.variants import placements_of, variants
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
 
@@ -116,7 +116,7 @@ def test_it_agrees_with_onnx_runtime_and_with_pytorch(
             (name, placement)
             for name, family in FAMILIES.items()
             for placement in INT8_ATTENTION
-            if placement in family.placements
+            if placement in placements_of(family)
         ],
         lambda pair: pair[0] == "bert",
         slow=tuple(itertools.product(tiny.DISTINCT, INT8_ATTENTION)),

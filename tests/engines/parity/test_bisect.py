@@ -22,20 +22,12 @@ from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import encode, index_of, load_raw, with_classes
-from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import DataError, ParityError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_builds import build_engine
 from tests.support import baked
 from tests.support.broken import BLOCK, BROKEN, drop_pair, overflowing, write_engine
-
-
-def dev_features(checkpoint: Path, engine: Path) -> list[Any]:
-    spec = load_spec(engine)
-    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), index_of(spec.labels))
-    return encode(load_tokenizer(engine), examples, spec.max_length, spec.inputs)
+from tests.support.dev_features import dev_features
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from engines.devices import running_on
 from engines.ort.backend import OrtEngine
 from engines.parity.bisect import bisect
 from engines.parity.compare import compare, compare_all
 from engines.parity.parts import Part, open_part
 from engines.parity.reports import ParityReport
-from engines.passport import load_passport, running_on
+from engines.passport import load_passport
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.origin import Origin
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, ServeError
-from tests.engines.parity.test_bisect import dev_features
 from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
+from tests.support.dev_features import dev_features
 
 
 def nxm(*arguments: object) -> Result:
@@ -208,16 +209,19 @@ def test_the_maximum_length_is_that_of_each_engine(
     }  # fmt: skip
 
 
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("bert")
+
+
+@pytest.fixture
+def engine(tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
+    """An engine of it, to be spoilt."""
+    return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
+
+
 class TestNotFinite:
     """Engines, and checkpoints, whose outputs are no numbers or hardly any."""
-
-    @pytest.fixture
-    def checkpoint(self, tiny_checkpoint: Callable[..., Path]) -> Path:
-        return tiny_checkpoint("bert")
-
-    @pytest.fixture
-    def engine(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
-        return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
 
     @pytest.mark.parametrize(("value", "expected"), [(-np.inf, None), (np.nan, None), (3e38, 3e38), (-3e38, 3e38)])
     def test_an_engine_fails_and_its_report_is_written(
@@ -353,14 +357,6 @@ class TestSkipped:
 
 class TestRefused:
     """Nothing of this is compared, and nothing is written."""
-
-    @pytest.fixture
-    def checkpoint(self, tiny_checkpoint: Callable[..., Path]) -> Path:
-        return tiny_checkpoint("bert")
-
-    @pytest.fixture
-    def engine(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
-        return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
 
     def refused(self, message: str, code: int, *arguments: object, engine: Path) -> None:
         result = nxm("compare", *arguments)

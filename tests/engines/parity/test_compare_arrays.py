@@ -26,9 +26,10 @@ from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.answer_spans import Window
 from nxm_export.data.features import Features
-from nxm_export.data.metrics import interval, metric_named, paired_interval
+from nxm_export.data.metrics import metric_named, paired_interval
 from nxm_export.errors import ArtifactError, DataError, ParityError
 from tests.support import tiny
+from tests.support.intervals import interval
 from tests.support.records import PASSPORT
 
 Answer = Callable[[np.ndarray], dict[str, np.ndarray]]  # of ids (batch, sequence); a sample's first token is its number

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nxm_export.storage.json_files import as_object, entry_at
-from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, metric
 from tests.support.exact_engine import feeds_of
+from tests.support.serving_calls import INFER, body_of, eventually, in_background, log_lines, metric
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import connect, read, request, send
 
@@ -25,14 +25,6 @@ def busy(slow_engine: Path, tmp_path_factory: pytest.TempPathFactory):  # type: 
     )  # fmt: skip
     with nxm_serve(tmp_path_factory.mktemp("busy") / "log", *arguments) as running:
         yield running
-
-
-def in_background(port: int, count: int, body: bytes) -> list[socket.socket]:
-    """Connections that have sent a request each and wait."""
-    connections = [connect(port) for _ in range(count)]
-    for connection in connections:
-        connection.sendall(request("POST", INFER, body))
-    return connections
 
 
 def test_a_full_queue_answers_503_with_retry_after_and_only_that(busy: Running) -> None:

@@ -22,9 +22,9 @@ from engines.serving.text import TextFrontend
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ServeError
 from nxm_export.storage.json_files import as_object, entry_at
-from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, logits, metric
 from tests.support import exact_engine
 from tests.support.exact_engine import LABELS, MAX_LENGTH, expected, feeds_of
+from tests.support.serving_calls import INFER, body_of, eventually, log_lines, logits, metric
 from tools import ROOT
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import Answer, connect, read, request, send

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from nxm_export.storage.json_files import as_object
-from tests.engines.serving.test_server import eventually
 from tests.support.exact_engine import LABELS, MAX_LENGTH, VOCABULARY, expected, feeds_of, tokenizer
+from tests.support.serving_calls import eventually
 from tools.benchmarks.servers import Running, triton_venv
 from tools.raw_http import Answer, send
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engines.serving.test_hostile import INFER, TEXT, framed, good, good_text, requests, resident_bytes
-from tests.engines.serving.test_server import logits
 from tests.support.exact_engine import expected, feeds_of
+from tests.support.hostile_requests import TEXT, framed, good, good_text, requests, resident_bytes
+from tests.support.serving_calls import INFER, logits
 from tests.support.variants import variants
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import connect, request, send

@@ -24,9 +24,9 @@ from engines.serving.settings import ModelOptions
 from nxm_export.errors import ArtifactError, ParityError, RequestRefused, ServeError
 from nxm_export.storage.json_files import as_objects, entry_at
 from nxm_export.storage.unreadable import is_without_room
-from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, metric
 from tests.support import exact_engine
 from tests.support.exact_engine import feeds_of
+from tests.support.serving_calls import INFER, body_of, eventually, log_lines, metric
 from tools.benchmarks.servers import nxm_serve
 from tools.raw_http import send
 

@@ -14,10 +14,9 @@ import pytest
 
 from engines.passport import load_passport
 from nxm_export.storage.json_files import entry_at
-from tests.engines.serving.test_busy_server import in_background
-from tests.engines.serving.test_server import INFER, LENGTHS, body_of, eventually, log_lines, logits, metric
 from tests.support import exact_engine
 from tests.support.exact_engine import expected, feeds_of
+from tests.support.serving_calls import INFER, LENGTHS, body_of, eventually, in_background, log_lines, logits, metric
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import connect, read, request, send
 

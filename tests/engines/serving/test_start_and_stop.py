@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from nxm_export.storage.json_files import entry_at
-from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, logits, metric
 from tests.support.exact_engine import expected, feeds_of
+from tests.support.serving_calls import INFER, body_of, eventually, log_lines, logits, metric
 from tools.benchmarks.servers import Running, free_port, get, nxm_serve
 from tools.raw_http import connect, read, request, send
 

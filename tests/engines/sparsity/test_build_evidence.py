@@ -4,71 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines.base import Profile
-from engines.passport import EnginePassport
 from engines.sparsity.build_evidence import (
-    LAYERS_SCHEMA,
     MEASURED_SCHEMA,
-    InspectedEngine,
-    InspectedProfile,
-    MeasuredLayers,
     read_evidence,
 )
-from engines.sparsity.engine_report import WeightFacts, read_sparsity_report
+from engines.sparsity.engine_report import read_sparsity_report
 from engines.tensorrt import backend
-from nxm_export.contract.records.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError, EngineError, ParityError
-from nxm_export.pipeline.inspection import inspect_engine, require_sparse
+from nxm_export.pipeline.engine_sparsity import require_sparse
+from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, encode, entry_at
-
-SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
-FACT = MatrixFacts(
-    name="w", node="node", form="matmul", k=768, n=768, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
-    pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456, integer_weight=True,
-    integer_input=True, scales_along_k=False, has_zero_point=False, output="int8", epilogue="none",
-)  # fmt: skip
-FACTS = WeightFacts("trt", "8.6.0", "8.0", has_gpu=True, sparse_flag=True, facts=(FACT,))
-LAYER = {"Name": "node_myl0_1 [profile 0]", "LayerType": "gemm", "TacticName": SPARSE, "Metadata": "[ONNX Layer: node]"}
-INSPECTED = InspectedEngine((InspectedProfile(0, (8, 128), {"Layers": [LAYER]}),))
-MEASURED = MeasuredLayers("ab", (8, 128), 20, {"node_myl0_1 [profile 0]": 0.5})
-
-
-EVIDENCE = ("weights.json", "layers.json", "build.log")
-PICKED = "[V] (Sparsity) Chose 1 layer(s) using sparse tactics: node\n"
-
-
-def tie(directory: Path, **changes: Any) -> EnginePassport:
-    """Write the passport of an engine directory, with the hashes of the evidence that lies there."""
-    given: dict[str, Any] = {"versions": {}, "device": {}, "requires": {}, "profiles": (), "graph": {}, "options": {}}
-    given |= {"onnx_sha256": "0" * 64, "plan": None, "command": (), "created": "", "companions": {}}
-    given["evidence"] = {name: file_hash(directory / name) for name in EVIDENCE if (directory / name).is_file()}
-    passport = EnginePassport("trt", "model.engine", file_hash(directory / "model.engine"), **(given | changes))
-    passport.save(directory)
-    return passport
-
-
-def engine_directory(directory: Path, engine: bytes = b"an engine") -> Path:
-    """What a build and `nxm inspect --measure` leave in a directory."""
-    (directory / "model.engine").write_bytes(engine)
-    (directory / "weights.json").write_text(encode(FACTS, "nxm-weights/1"))
-    (directory / "layers.json").write_text(encode(INSPECTED, LAYERS_SCHEMA))
-    (directory / "build.log").write_text(PICKED)
-    tie(directory)
-    measured(directory)
-    return directory
-
-
-def measured(directory: Path, **changes: Any) -> None:
-    """Write the measurement of the engine that lies there."""
-    record = replace(MEASURED, engine_sha256=file_hash(directory / "model.engine"), **changes)
-    (directory / "measured.json").write_text(encode(record, MEASURED_SCHEMA))
+from tests.support.sparsity_evidence import (
+    EVIDENCE,
+    MEASURED,
+    SPARSE_GEMM,
+    engine_directory,
+    measured,
+    tie,
+)
 
 
 @pytest.fixture
@@ -92,7 +52,7 @@ def inspected(data: dict[str, object]) -> dict[str, object]:
 
 def test_a_report_is_made_of_all_that_lies_there(directory: Path) -> None:
     (weight,) = read_sparsity_report(directory).weights
-    assert (weight.chosen, weight.kernel) == (True, SPARSE)
+    assert (weight.chosen, weight.kernel) == (True, SPARSE_GEMM)
     evidence = read_evidence(directory)
     assert evidence.layer_ms == {"node_myl0_1": 0.5}
     assert evidence.running is None
@@ -168,13 +128,13 @@ def test_the_layers_of_a_build_log_are_those_of_the_only_profile(directory: Path
     """A build without an inspector's report."""
     (directory / "layers.json").unlink()
     (directory / "measured.json").unlink()
-    line = f"Name: node_myl0_1, LayerType: gemm, Inputs: [], Outputs: [], TacticName: {SPARSE}, StreamId: 0, "
+    line = f"Name: node_myl0_1, LayerType: gemm, Inputs: [], Outputs: [], TacticName: {SPARSE_GEMM}, StreamId: 0, "
     (directory / "build.log").write_text(f"[V] {line}Metadata: [ONNX Layer: node]\n")
     tie(directory)
     evidence = read_evidence(directory)
     assert (evidence.profiles, evidence.layer_ms, evidence.shape, evidence.running) == (frozenset({0}), {}, None, None)
     (weight,) = read_sparsity_report(directory).weights
-    assert (weight.chosen, weight.kernel) == (True, SPARSE)
+    assert (weight.chosen, weight.kernel) == (True, SPARSE_GEMM)
 
 
 def test_a_profile_that_nobody_inspected_leaves_its_kernels_unknown(directory: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 from nxm_export.contract.encoder_family import GELUS
 from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph
-from nxm_export.graph.reading.sparsity_scan import matrix_facts
-from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.graph.reading.sparsity_scan import scan_products
+from nxm_export.pipeline.file_diagnosis import diagnose_file
 from nxm_export.storage.json_files import as_objects
 from tests.engines.sparsity.foreign import pruned_model
 from tests.support import baked, tiny
@@ -32,7 +32,7 @@ def make(python: str, tool: str, directory: Path) -> Path:
 
 
 def weights_of(file: Path, gpu: str = "8.0") -> dict[str, dict[str, Any]]:
-    report = doctor_file(file, "trt", "8.6.0", gpu).to_dict()
+    report = diagnose_file(file, "trt", "8.6.0", gpu).to_dict()
     json.dumps(report)
     return {str(weight["name"]).removesuffix("_quantized"): weight for weight in as_objects(report["weights"])}
 
@@ -45,7 +45,9 @@ def test_a_file_of_onnx_runtimes_quantizer_gets_facts_and_advice(tmp_path: Path)
     assert [weights[name]["sparse_along_k"] for name in ("up", "down", "head")] == [True, True, False]
     assert weights["head"]["reason"] == "axis"
     assert all(weight["chosen"] is not True for weight in weights.values()), "a file alone runs nothing"
-    advice = {entry.name.removesuffix("_quantized"): entry for entry in doctor_file(file, "trt", "8.6.0", "8.0").advice}
+    advice = {
+        entry.name.removesuffix("_quantized"): entry for entry in diagnose_file(file, "trt", "8.6.0", "8.0").advice
+    }
     assert "prune 2:4 along the input channels" in advice["head"].advice
 
 
@@ -53,7 +55,9 @@ def test_a_float_file_as_asp_leaves_it_is_told_to_quantize(tmp_path: Path) -> No
     pruned_model(tmp_path / "pruned.onnx")
     weights = weights_of(tmp_path / "pruned.onnx")
     assert [weights[name]["pattern_float"] for name in ("up", "down", "head")] == ["2:4", "2:4", None]
-    advice = {entry.name: entry.advice for entry in doctor_file(tmp_path / "pruned.onnx", "trt", "8.6.0", "8.0").advice}
+    advice = {
+        entry.name: entry.advice for entry in diagnose_file(tmp_path / "pruned.onnx", "trt", "8.6.0", "8.0").advice
+    }
     assert "in float: quantize weight, input and output to INT8" in advice["up"]
 
 
@@ -69,7 +73,7 @@ def test_polygraphy_agrees_wherever_it_can_look_and_we_go_on_where_it_skips(tmp_
 
     text = polygraphy(tmp_path / "pruned.onnx")
     theirs = {name: not denied for denied, name in re.findall(r"Found (non-)?sparse tensor: (\w+)", text)}
-    ours = {fact.name: fact.sparse_along_k for fact in matrix_facts(load_graph(tmp_path / "pruned.onnx"), "")}
+    ours = {fact.name: fact.sparse_along_k for fact in scan_products(load_graph(tmp_path / "pruned.onnx"), "").facts}
     assert ours == theirs == {"up": True, "down": True, "head": False}
     quantized = make(sys.executable, "ort", tmp_path)
     assert "Skipping tensor: up_quantized due to unsupported type: int8" in polygraphy(quantized)

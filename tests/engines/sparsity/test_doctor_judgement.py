@@ -16,14 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nxm_export.contract.plan import NMPattern
 from nxm_export.graph.verifier import verify
-from nxm_export.pipeline.inspection import FileDiagnosis, doctor_file
+from nxm_export.pipeline.file_diagnosis import FileDiagnosis, diagnose_file
 from tests.support.qdq_graphs import N, QdqProduct, sparse_codes
 
 NAN, INF = float("nan"), float("inf")
 
 
 def asked(product: QdqProduct, directory: Path, version: str = "8.6", gpu: str = "8.0") -> FileDiagnosis:
-    return doctor_file(product.save(directory / "model.onnx"), "trt", version, gpu)
+    return diagnose_file(product.save(directory / "model.onnx"), "trt", version, gpu)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_float_types_are_eligible_where_such_kernels_exist_and_ready_nowhere(
     kind: str, backend: str, gpu: str, eligible: bool, tmp_path: Path
 ) -> None:
     file = float_product(TensorProto.DataType.Value(kind), tmp_path)
-    found = doctor_file(file, backend, "8.6" if backend == "trt" else None, gpu)
+    found = diagnose_file(file, backend, "8.6" if backend == "trt" else None, gpu)
     (weight,) = found.sparsity.weights
     assert weight.eligible is eligible, weight
     assert not any(entry.ready for entry in found.advice)
@@ -193,7 +193,7 @@ def convolution(channels: int, group: int, directory: Path, kernel: tuple[int, .
 def test_convolutions_need_four_channels_a_group_and_groups_are_another_kernel(
     channels: int, group: int, reason: str, eligible: bool | None, tmp_path: Path
 ) -> None:
-    found = doctor_file(convolution(channels, group, tmp_path), "trt", "8.6", "8.0")
+    found = diagnose_file(convolution(channels, group, tmp_path), "trt", "8.6", "8.0")
     (weight,) = found.sparsity.weights
     assert (weight.reason, weight.eligible) == (reason, eligible), weight.detail
     require_one_judgement(found)
@@ -206,7 +206,7 @@ def test_convolutions_need_four_channels_a_group_and_groups_are_another_kernel(
 def test_the_channels_of_a_group_count_over_any_number_of_axes(
     kernel: tuple[int, ...], channels: int, group: int, reason: str, tmp_path: Path
 ) -> None:
-    found = doctor_file(convolution(channels, group, tmp_path, kernel), "trt", "8.6", "8.0")
+    found = diagnose_file(convolution(channels, group, tmp_path, kernel), "trt", "8.6", "8.0")
     (weight,) = found.sparsity.weights
     assert (weight.reason, weight.eligible) == (reason, False), weight.detail
     require_one_judgement(found)
@@ -214,7 +214,7 @@ def test_the_channels_of_a_group_count_over_any_number_of_axes(
 
 @pytest.mark.parametrize("kernel", [(3,), (2, 2, 2), (1,), (1, 1, 1)])
 def test_of_convolutions_over_one_or_three_axes_no_kernel_is_known(kernel: tuple[int, ...], tmp_path: Path) -> None:
-    found = doctor_file(convolution(32, 1, tmp_path, kernel), "trt", "8.6", "8.0")
+    found = diagnose_file(convolution(32, 1, tmp_path, kernel), "trt", "8.6", "8.0")
     (weight,) = found.sparsity.weights
     assert (weight.reason, weight.eligible) == ("kernel-unknown", None), weight.detail
     require_one_judgement(found)
@@ -237,7 +237,7 @@ def test_of_a_weight_on_the_left_or_in_a_stack_no_kernel_is_known(
         [numpy_helper.from_array(rows, "w")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    found = doctor_file(tmp_path / "m.onnx", "trt", "8.6", "8.0")
+    found = diagnose_file(tmp_path / "m.onnx", "trt", "8.6", "8.0")
     (weight,) = found.sparsity.weights
     assert weight.sparse_along_k
     usual = not left and len(shape) == 2
@@ -336,7 +336,7 @@ def plain(product: QdqProduct) -> bool:
 
 def check(product: QdqProduct, target: tuple[str, str | None, str]) -> None:
     with TemporaryDirectory() as directory:
-        found = doctor_file(product.save(Path(directory) / "model.onnx"), *target)
+        found = diagnose_file(product.save(Path(directory) / "model.onnx"), *target)
     require_one_judgement(found)
     for weight in found.sparsity.weights:
         assert not weight.ready or plain(product), (product, weight)
@@ -366,7 +366,7 @@ def refused_without_a_word(product: QdqProduct) -> bool:
     """True when the parser of TensorRT-RTX refuses what the doctor has no problem with."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
     with TemporaryDirectory() as directory:
-        found = doctor_file(product.save(Path(directory) / "model.onnx"), "trt_rtx", None, "RTX 4090")
+        found = diagnose_file(product.save(Path(directory) / "model.onnx"), "trt_rtx", None, "RTX 4090")
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     return not found.problems and not trt.OnnxParser(network, logger).parse(product.model().SerializeToString())

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from nxm_export.errors import NxmError
-from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.pipeline.file_diagnosis import diagnose_file
 from tests.support.qdq_graphs import QdqProduct
 
 OPERATORS = (
@@ -74,7 +74,7 @@ def answers(count: int, directory: Path) -> int:
         (directory / "broken.onnx").write_bytes(broken(choose).SerializeToString())
         target = choose.choice([("trt", "8.6", "8.0"), ("trt_rtx", None, "8.9"), ("trt", "10.3", "9.0")])
         try:
-            found = doctor_file(directory / "broken.onnx", *target)
+            found = diagnose_file(directory / "broken.onnx", *target)
         except NxmError:
             continue
         judged += 1

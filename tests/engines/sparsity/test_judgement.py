@@ -8,17 +8,16 @@ import pytest
 from engines.sparsity.advice import advise
 from engines.sparsity.build_evidence import (
     Evidence,
-    LayerInfo,
     SparsityLog,
 )
-from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge, weight_type
+from engines.sparsity.judgement import FileProblem, judge
 from engines.sparsity.kernel_names import Existence, sparse_kernel_exists
+from engines.sparsity.sparsity_report import REASONS, SparsityTarget, WeightSparsity, weight_type
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects
+from tests.support.sparsity_evidence import DENSE_GEMM, SPARSE_GEMM, fact, layer
 
-SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
-DENSE_GEMM = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage4_warpsize2x2x1_tensor16x8x32"
 PICKED = SparsityLog(frozenset({"node"}), frozenset({"node"}))  # by the builder's own words
 SPARSE_FP16 = "sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64"
 LISTED = SparsityLog(frozenset({"node"}))
@@ -31,23 +30,6 @@ DENSE: Verdict = (None, False, "dense-chosen")
 BROKEN = {"sparse_along_k": False, "broken_groups": 7}
 HALF = {"codes": None, "integer_weight": False, "integer_input": False, "stored": "FLOAT16", "output": "float16"}
 H100 = SparsityTarget("trt", "8.6.0", "9.0")
-
-
-def fact(**changes: Any) -> MatrixFacts:
-    """A matrix with everything that a sparse INT8 kernel on an A100 wants."""
-    good = MatrixFacts(
-        name="w", node="node", form="matmul", k=768, n=768, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
-        pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456,
-        integer_weight=True, integer_input=True, scales_along_k=False, has_zero_point=False, output="int8",
-        epilogue="none",
-    )  # fmt: skip
-    return replace(good, **changes)
-
-
-def layer(
-    kernel: str, name: str = "node_myl0_1", kind: str = "gemm", onnx: tuple[str, ...] = ("node",), **changes: Any
-) -> LayerInfo:
-    return LayerInfo(name, kind, ("Int8",), ("Int8",), ("Int8",), kernel, onnx, **changes)
 
 
 def judged(fact_: MatrixFacts, evidence: Evidence | None, target: SparsityTarget = A100) -> WeightSparsity:

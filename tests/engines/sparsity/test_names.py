@@ -19,11 +19,12 @@ from engines.sparsity.build_evidence import (
     parse_sparsity_log,
 )
 from engines.sparsity.engine_report import WeightFacts, write_weight_facts
-from engines.sparsity.judgement import ProductNames, SparsityTarget, WeightSparsity, judge
+from engines.sparsity.judgement import ProductNames, judge
 from engines.sparsity.kernel_names import is_among, kernel_named
+from engines.sparsity.sparsity_report import SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import decode
-from tests.engines.sparsity.test_build_evidence import FACT
 from tests.support import onnx_text
+from tests.support.sparsity_evidence import fact
 
 SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
 A100 = SparsityTarget("trt", "8.6.0", "8.0")
@@ -68,7 +69,7 @@ REPORTS: tuple[Callable[[str], Evidence], ...] = (inspected, printed, without_me
 
 
 def verdicts(evidence: Evidence, nodes: tuple[str, ...]) -> dict[str, WeightSparsity]:
-    facts = [replace(FACT, name=f"weight of {node}", node=node) for node in nodes]
+    facts = [fact(name=f"weight of {node}", node=node) for node in nodes]
     ambiguous = ambiguous_names(nodes)
     return dict(zip(nodes, judge(facts, evidence, A100, names=ProductNames(nodes, ambiguous)).weights, strict=True))
 
@@ -92,7 +93,7 @@ def test_a_name_that_joins_others_proves_none_of_them(report: Callable[[str], Ev
 
 @pytest.mark.parametrize("report", REPORTS)
 def test_two_products_of_one_name_are_both_unknown(report: Callable[[str], Evidence]) -> None:
-    facts = [replace(FACT, name=name) for name in ("first", "second")]
+    facts = [fact(name=name) for name in ("first", "second")]
     result = judge(facts, report("node"), A100)
     assert [(weight.chosen, weight.reason) for weight in result.weights] == [(None, "ambiguous")] * 2
     assert "2 matrices are of products named 'node'" in result.weights[0].detail
@@ -112,8 +113,7 @@ def test_a_node_that_is_no_product_makes_a_name_ambiguous_too(tmp_path: Path) ->
     record = decode((tmp_path / "weights.json").read_text(), WeightFacts, schema="nxm-weights/1", source="", way_out="")
     assert record.names.nodes == ("same",)
     assert record.names.ambiguous == {"same": "2 nodes of the graph have the name 'same'"}
-    fact = replace(FACT, node="same")
-    assert judge([fact], inspected("same"), A100, names=record.names).weights[0].reason == "ambiguous"
+    assert judge([fact(node="same")], inspected("same"), A100, names=record.names).weights[0].reason == "ambiguous"
 
 
 def test_a_node_that_only_left_its_scale_in_a_layer_was_not_computed_there() -> None:
@@ -122,7 +122,7 @@ def test_a_node_that_only_left_its_scale_in_a_layer_was_not_computed_there() -> 
 
     def named(name: str, nodes: tuple[str, ...] = ("value", "key")) -> dict[str, WeightSparsity]:
         evidence = Evidence(parse_inspector({"Layers": [{**layer, "Name": name}]}))
-        facts = [replace(FACT, node=node) for node in nodes]
+        facts = [fact(node=node) for node in nodes]
         known = ProductNames(("value", "key"))
         return dict(zip(nodes, judge(facts, evidence, A100, names=known).weights, strict=True))
 
@@ -132,11 +132,11 @@ def test_a_node_that_only_left_its_scale_in_a_layer_was_not_computed_there() -> 
     assert {weight.reason for weight in named("__myl_Fc_myl0_2").values()} == {"ambiguous"}
     assert named("__myl_Fc_myl0_2", ("key",))["key"].reason == "ambiguous", "the other may be one of two activations"
     alone = Evidence(parse_inspector({"Layers": [{**layer, "Name": "__myl_Fc_myl0_2"}]}))
-    (weight,) = judge([replace(FACT, node="value")], alone, A100, names=ProductNames(("value",))).weights
+    (weight,) = judge([fact(node="value")], alone, A100, names=ProductNames(("value",))).weights
     assert weight.chosen, "the only product of its layer, whatever that is called"
     entries = [{**layer, "Name": "value_myl0_2"}, {**layer, "Name": "__myl_Fc_myl0_3", "TacticName": "sm80_xmma_gemm"}]
     both = Evidence(parse_inspector({"Layers": entries}))
-    (weight,) = judge([replace(FACT, node="value")], both, A100, names=ProductNames(("value",))).weights
+    (weight,) = judge([fact(node="value")], both, A100, names=ProductNames(("value",))).weights
     assert (weight.chosen, weight.kernel) == (True, SPARSE), "another layer is named after it"
 
 
@@ -146,7 +146,7 @@ def test_names_that_myelin_rewrote_are_found_and_never_two_by_one() -> None:
     def found(*nodes: str) -> list[bool | None]:
         metadata = "".join(f"[ONNX Layer: {node}]" for node in nodes)
         evidence = Evidence(parse_inspector({"Layers": [{**layer, "Metadata": metadata}]}))
-        facts = [replace(FACT, node=node) for node in nodes]
+        facts = [fact(node=node) for node in nodes]
         return [weight.chosen for weight in judge(facts, evidence, A100, names=ProductNames(nodes)).weights]
 
     assert found("encoder/layers.0/MatMul") == [True]
@@ -245,7 +245,7 @@ def test_products_run_on_integers_where_all_that_computes_them_does() -> None:
 )
 def test_a_log_alone_is_not_said_to_name_a_kernel(ran: str, reason: str, detail: str) -> None:
     evidence = replace(picked("node"), running=frozenset({ran}))
-    (weight,) = judge([FACT], evidence, A100).weights
+    (weight,) = judge([fact()], evidence, A100).weights
     assert (weight.chosen, weight.reason, weight.detail) == (None, reason, detail)
 
 

@@ -14,7 +14,7 @@ from engines.sparsity.build_evidence import (
     parse_sparsity_log,
 )
 from engines.sparsity.kernel_names import kernel_named
-from tests.engines.sparsity.test_judgement import DENSE_GEMM, SPARSE_GEMM, layer
+from tests.support.sparsity_evidence import DENSE_GEMM, SPARSE_GEMM, layer
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
 

@@ -17,7 +17,8 @@ from engines.base import backend
 from nxm_export.errors import EngineError
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.engine_builds import build_engine
-from nxm_export.pipeline.inspection import FileDiagnosis, GraphFacts, doctor_file, inspect_path
+from nxm_export.pipeline.file_diagnosis import FileDiagnosis, diagnose_file
+from nxm_export.pipeline.inspection import GraphFacts, inspect_path
 from tests.support import onnx_text
 
 runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'nxm-export[ort]'")
@@ -71,7 +72,7 @@ def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(file: Path, version: str = "10.14") -> FileDiagnosis:
-    return doctor_file(file, "trt", version, "8.0")
+    return diagnose_file(file, "trt", version, "8.0")
 
 
 def require_read(file: Path) -> None:

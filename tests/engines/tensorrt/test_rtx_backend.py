@@ -26,7 +26,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip i
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'nxm-export[trt-rtx]'")
 
 from engines.tensorrt import rtx_backend
-from tests.support.variants import variants
+from tests.support.variants import placements_of, variants
 
 PROFILES = {"batch 1": Profile((1, 16), (1, 16), (1, 16)), "dynamic": Profile((1, 1), (4, 32), (8, 64))}
 
@@ -38,7 +38,7 @@ def layers_of(directory: Path) -> list[LayerInfo]:
 CASES = [
     case
     for case in itertools.product(FAMILIES, PLACEMENTS, ("matmul", "gemm"), PROFILES)
-    if case[1] in FAMILIES[case[0]].placements
+    if case[1] in placements_of(FAMILIES[case[0]])
     if case[0] in tiny.SHORT[:-1] or case[2:] == ("matmul", "dynamic")  # the others have blocks of the same forms
     if case[1] != "products" or case == ("bert", "products", "matmul", "dynamic")  # `attention` with fewer quantizers
 ]
@@ -100,7 +100,8 @@ def test_int4_weights_are_built_and_multiplied_as_integers_and_a_pattern_stays_i
 def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    from nxm_export.pipeline.inspection import inspect_engine, require_sparse
+    from nxm_export.pipeline.engine_sparsity import require_sparse
+    from nxm_export.pipeline.inspection import inspect_engine
 
     graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt")
     rtx_backend.build(graph.path, tmp_path)

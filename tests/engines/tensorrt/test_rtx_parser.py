@@ -12,7 +12,7 @@ from engines.tensorrt import rtx_parser
 from engines.tensorrt.rtx_parser import ask_parser
 from nxm_export.cli import main
 from nxm_export.errors import EngineUnavailable
-from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.pipeline.file_diagnosis import diagnose_file
 from tests.support.qdq_graphs import QdqProduct
 
 needs_rtx = pytest.mark.skipif(
@@ -35,7 +35,7 @@ def test_errors_name_their_nodes_and_warnings_are_kept(tmp_path: Path) -> None:
 
 @needs_rtx
 def test_what_it_takes_is_not_ready_for_that_and_what_it_refuses_is_a_problem(tmp_path: Path) -> None:
-    taken = doctor_file(QdqProduct(dense=True).save(tmp_path / "dense.onnx"), "trt", "8.6", "8.0", parse=True)
+    taken = diagnose_file(QdqProduct(dense=True).save(tmp_path / "dense.onnx"), "trt", "8.6", "8.0", parse=True)
     assert taken.parsed is not None
     assert taken.parsed.accepted
     assert not taken.problems
@@ -44,7 +44,7 @@ def test_what_it_takes_is_not_ready_for_that_and_what_it_refuses_is_a_problem(tm
     model.graph.node[-1].attribute.append(onnx.helper.make_attribute("axis", 7))  # no rule of ours looks at that
     model.graph.initializer[-2].CopyFrom(onnx.helper.make_tensor("o_scale", 1, [1], [0.05]))
     onnx.save(model, tmp_path / "odd.onnx")
-    refused = doctor_file(tmp_path / "odd.onnx", "trt", "8.6", "8.0", parse=True)
+    refused = diagnose_file(tmp_path / "odd.onnx", "trt", "8.6", "8.0", parse=True)
     assert refused.parsed is not None
     if not refused.parsed.accepted:
         assert any("parser refuses it" in problem for problem in refused.problems)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from engines.benchmark.latency import BenchReport, Ratio, Timing
+from engines.benchmark.latency import BenchReport, Timing
 from nxm_export.cli import main
 from nxm_export.cli.first_lines import of_bench
 from nxm_export.contract.choices import BACKEND_NAMES
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.pipeline.environment import missing_for
 
 
@@ -106,5 +107,5 @@ def test_a_directory_of_another_kind_is_named_with_what_to_do(
 )
 def test_a_speed_is_called_what_its_intervals_show(intervals: list[tuple[float, float]], word: str) -> None:
     timing = Timing("a", 1, 32, 2.0, (1.9, 2.1), 30)
-    ratios = tuple(Ratio("b", "a", 1, at + 1, 1.0, interval) for at, interval in enumerate(intervals))
+    ratios = tuple(Speedup("b", "a", 1, at + 1, 1.0, interval) for at, interval in enumerate(intervals))
     assert of_bench(BenchReport((timing,), ratios)) == f"Against a: b: {word}."

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.sparsity.advice import Advice
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.cli.folding import folded, joined, short_names
 from nxm_export.cli.sparsity_tables import print_diagnosis, print_sparsity, print_verification
 from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
-from nxm_export.pipeline.inspection import FileDiagnosis
+from nxm_export.pipeline.file_diagnosis import FileDiagnosis
 
 
 @pytest.mark.parametrize(

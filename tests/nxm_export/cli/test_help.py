@@ -12,11 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engines.base import BACKENDS
-from engines.benchmark.fastest_backend import NAME as AUTO
 from nxm_export.cli import main
 from nxm_export.cli.group import SECTIONS, Command
-from nxm_export.contract.choices import AUTO_BACKEND, BACKEND_NAMES, TARGETS
-from nxm_export.graph.exporter import TARGETS as GRAPH_TARGETS
+from nxm_export.contract.choices import BACKEND_NAMES, TARGETS
+from nxm_export.graph.targets import TARGETS as GRAPH_TARGETS
 
 COMMANDS = sorted(main.commands)
 # What an argument is called, by what it is.
@@ -136,7 +135,6 @@ def test_an_option_of_one_name_is_one_thing_everywhere() -> None:
 
 def test_names_of_backends_and_targets_are_those_of_the_code() -> None:
     assert tuple(BACKENDS) == BACKEND_NAMES
-    assert AUTO_BACKEND == AUTO
     assert tuple(GRAPH_TARGETS) == TARGETS
 
 

@@ -213,7 +213,8 @@ def test_a_run_without_options_asks_for_what_a_caller_without_arguments_asks_for
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nxm_export.pipeline import run
-    from nxm_export.pipeline.run import Request, compress_model
+    from nxm_export.pipeline.request import Request
+    from nxm_export.pipeline.run import compress_model
 
     monkeypatch.setattr(run, "head_notice", lambda request: None)  # it looks at the model
     command = ["compress", "m", "--train", "t", "--dev", "d", "--out", "o"]

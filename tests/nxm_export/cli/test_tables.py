@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.benchmark.latency import BenchReport, Ratio, Timing
+from engines.benchmark.latency import BenchReport, Timing
 from engines.sparsity.advice import Advice
-from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
+from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.cli.engine_tables import print_latency, print_machine
 from nxm_export.cli.output import show_result
 from nxm_export.cli.run_tables import print_compression, print_search, print_summary
@@ -27,8 +27,9 @@ from nxm_export.contract.records.search_result import (
     SearchCost,
     SearchResult,
 )
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.pipeline.environment import report
-from nxm_export.pipeline.inspection import FileDiagnosis
+from nxm_export.pipeline.file_diagnosis import FileDiagnosis
 from tests.support.records import SUMMARY
 
 Capture = pytest.CaptureFixture[str]
@@ -161,7 +162,7 @@ def test_latency_names_the_clock_and_what_was_not_measured(capsys: Capture) -> N
         Timing("a", 1, 32, 2.0, (1.9, 2.9), 5, p95=2.5, p99=2.75),
         Timing("b", 1, 32, 1.0, (0.9, 1.4), 5, p95=1.25, p99=1.5),
     )
-    ratios = (Ratio("b", "a", 1, 32, 1.75, (1.5, 2.5)),)
+    ratios = (Speedup("b", "a", 1, 32, 1.75, (1.5, 2.5)),)
     print_latency(BenchReport(timings, ratios, verdict="2:4 pays", unmeasured=("c: no GPU",)))
     printed = lines(capsys)
     assert printed[0] == "2:4 pays"

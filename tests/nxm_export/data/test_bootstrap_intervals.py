@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from nxm_export.data.bootstrap_intervals import RESAMPLES, bootstrap_interval, resamples
-from nxm_export.data.metrics import interval
+from tests.support.intervals import interval
 
 
 def test_an_interval_holds_the_middle_95_percent_of_the_resampled_statistics() -> None:

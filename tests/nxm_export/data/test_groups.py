@@ -9,9 +9,10 @@ import pytest
 
 from nxm_export.data.examples import Examples, encode
 from nxm_export.data.features import Features, group_array, inputs_of, members, pad, sample_of, split_indices
-from nxm_export.data.metrics import accuracy, interval, paired_interval
+from nxm_export.data.metrics import accuracy, paired_interval
 from nxm_export.errors import DataError
 from tests.support import tiny
+from tests.support.intervals import interval
 
 GROUPS = [0, 1, 1, 2, 0, 3, 3, 3, 4, 2, 5, 5]
 

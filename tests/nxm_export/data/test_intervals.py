@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from nxm_export.data import metrics
-from nxm_export.data.metrics import LEAST_UNITS, Groups, RowMetric, ScoredOutputs, interval, paired_interval
+from nxm_export.data.metrics import LEAST_UNITS, Groups, RowMetric, ScoredOutputs, paired_interval
+from tests.support.intervals import interval
 
 
 def logits(classes: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, encode
 from nxm_export.data.features import Features, label_array
 from nxm_export.data.label_kinds import labelled, load_labelled
-from nxm_export.data.metrics import interval, metric_named
+from nxm_export.data.metrics import metric_named
 from nxm_export.data.question_answering import (
     answer_scores,
     answering,
@@ -34,6 +34,7 @@ from nxm_export.data.question_answering import (
 )
 from nxm_export.errors import DataError, Notice
 from tests.support import tiny
+from tests.support.intervals import interval
 
 TASK = TASKS["question-answering"]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -22,7 +22,8 @@ from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ExportError
-from nxm_export.graph.exporter import export, traced_module
+from nxm_export.graph.exporter import export
+from nxm_export.graph.tracing import traced_module
 from nxm_export.hf.protocols import AutoClass
 from tests.support import baked, onnx_text, tiny
 

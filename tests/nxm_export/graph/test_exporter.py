@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from engines.reference import pytorch
 from nxm_export.contract.checkpoint import Checkpoint, open_checkpoint
@@ -21,13 +19,13 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS
-from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
-from nxm_export.graph import exporter
 from nxm_export.graph.apply_plan import SOFTMAX_SCALE
-from nxm_export.graph.exporter import TARGETS, Exported, export
+from nxm_export.graph.exporter import Exported, export
 from nxm_export.graph.reading.graph_weights import graph_weights, load_graph
+from nxm_export.graph.targets import TARGETS
 from nxm_export.graph.verifier import embedded_plan, verify
 from tests.support import baked, onnx_text, tiny
+from tests.support.dev_features import dev_features
 from tests.support.variants import variants
 
 # A new family or task is exported and compared here by itself.
@@ -222,13 +220,10 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
 ) -> None:
     """On its real dev sentences, as ONNX Runtime optimizes the plain file."""
     from engines.parity.parts import run_all
-    from nxm_export.data.examples import encode, index_of, load_raw, with_classes
-    from nxm_export.data.tokenization import load_tokenizer
 
     checkpoint, graph = tiny_checkpoint(family), tiny_graph(family, placement)
     spec, plan = load_spec(graph), at_placement(open_checkpoint(checkpoint).plan, placement)
-    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), index_of(spec.labels))
-    features = encode(load_tokenizer(graph), examples, spec.max_length, spec.inputs)
+    features = dev_features(checkpoint, graph)
 
     class Graph:
         inputs, outputs = spec.inputs, tuple(spec.outputs)
@@ -345,20 +340,6 @@ class TestTensorRtTarget:
         rows = [row for row in range(8) if row != 1]  # what a row of padding alone gives is nobody's business
         np.testing.assert_allclose(actual[rows], expected[rows], atol=0.05)  # codes move by half precision sums
 
-    def test_a_scale_that_float16_cannot_hold_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
-        path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
-        scales, weights = load_file(path / "nxm_scales.safetensors"), load_file(path / "model.safetensors")
-        name = "bert.encoder.layer.0.output.dense.weight"
-        for tensors, key in ((scales, f"{name}_scale"), (weights, name)):
-            tensors[key] = tensors[key].copy()
-            tensors[key][3] *= np.float32(2.0**-18)  # a power of two keeps the weights on their grid
-        save_file(scales, path / "nxm_scales.safetensors")
-        save_file(weights, path / "model.safetensors", {"format": "pt"})
-        open_checkpoint(path).require_valid()
-        with pytest.raises(ExportError, match=rf"{name}: scale .* is not a normal float16 number .* --dtype bfloat16"):
-            export(path, tmp_path / "graph", target="trt")
-        assert sorted(item.name for item in tmp_path.iterdir()) == ["checkpoint"]
-
 
 class TestPlans:
     @pytest.fixture(scope="class")
@@ -402,13 +383,6 @@ class TestPlans:
         assert plan == at_placement(open_checkpoint(mixed[0]).plan, "inputs")
         assert json.loads((mixed[1] / "verify.json").read_text())["file"] == "model.onnx"
 
-    def test_a_placement_that_was_not_trained_is_refused(self, tmp_path: Path) -> None:
-        path = baked.write_checkpoint("bert", tmp_path / "checkpoint", placement="inputs")
-        with pytest.raises(PlanError, match="this plan trained no output quantizers; use placement inputs"):
-            export(path, tmp_path / "graph", placement="inputs-outputs")
-        with pytest.raises(PlanError, match="this plan trained attention in float; use placement inputs"):
-            export(path, tmp_path / "graph", placement="attention")
-
 
 def test_a_dense_model_gives_a_float_graph_with_names(tmp_path: Path) -> None:
     path = tiny.write_model("distilbert", tmp_path / "dense", head="classification", classes=("a", "b", "c"), layers=1)
@@ -419,85 +393,3 @@ def test_a_dense_model_gives_a_float_graph_with_names(tmp_path: Path) -> None:
     assert load_spec(tmp_path / "graph").labels == ("a", "b", "c")
     assert model.metadata_props["nxm.placement"] == "float"
     assert "nxm.plan" not in model.metadata_props
-
-
-@pytest.mark.slow
-def test_a_traced_weight_that_is_not_the_checkpoints_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Query and key swapped by the exporter have the right shapes; only their values tell."""
-    path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
-    trace = exporter._trace
-
-    def swapped(*arguments: Any) -> Any:
-        model = trace(*arguments)
-        query, key = (
-            model.graph.initializers[f"bert.encoder.layer.0.attention.self.{role}.weight"] for role in ("query", "key")
-        )
-        query.const_value, key.const_value = key.const_value, query.const_value
-        return model
-
-    monkeypatch.setattr(exporter, "_trace", swapped)
-    with pytest.raises(ExportError, match=r"query\.weight: the traced graph holds other values than the checkpoint"):
-        export(path, tmp_path / "graph")
-    assert not (tmp_path / "graph").exists()
-
-
-class TestBadInput:
-    @pytest.fixture(scope="class")
-    def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return baked.write_checkpoint("bert", tmp_path_factory.mktemp("bad") / "checkpoint")
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"target": "gpu"}, "unknown target 'gpu'; choose one of cpu, trt"),
-            ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of float32, float16, bfloat16"),
-            ({"placement": "outputs"}, "unknown placement 'outputs'"),
-            ({"task": "regression"}, "its head is classification, not regression"),
-            ({"task": "translation"}, "unknown task 'translation'"),
-        ],
-    )
-    def test_an_option_that_makes_no_sense_is_refused(
-        self, checkpoint: Path, tmp_path: Path, options: dict[str, str], message: str
-    ) -> None:
-        with pytest.raises(NxmError, match=message):
-            export(checkpoint, tmp_path / "graph", **options)  # type: ignore[arg-type]
-        assert list(tmp_path.iterdir()) == []
-
-    def test_an_encoder_without_head_is_refused(self, tmp_path: Path) -> None:
-        path = tiny.write_model("bert", tmp_path / "encoder")
-        with pytest.raises(ExportError, match="it has no head of a supported kind; fine-tune it first"):
-            export(path, tmp_path / "graph")
-        with pytest.raises(ExportError, match="its head is none of a supported kind, not classification"):
-            export(path, tmp_path / "graph", task="classification")
-
-    def test_a_foreign_directory_is_not_replaced(self, checkpoint: Path, tmp_path: Path) -> None:
-        (tmp_path / "thesis.tex").write_text("years of work")
-        with pytest.raises(ArtifactError, match="nxm-export did not make it"):
-            export(checkpoint, tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-    @pytest.mark.parametrize("missing", ["nowhere", "a/b/c"])
-    def test_a_missing_checkpoint_is_named(self, tmp_path: Path, missing: str) -> None:
-        with pytest.raises(ArtifactError, match="no such directory"):
-            export(tmp_path / missing, tmp_path / "graph")
-
-    def test_a_checkpoint_that_breaks_its_plan_is_refused(self, checkpoint: Path, tmp_path: Path) -> None:
-        copy = shutil.copytree(checkpoint, tmp_path / "copy")
-        tensors = load_file(copy / "model.safetensors")
-        name = "bert.encoder.layer.0.attention.self.key.weight"
-        tensors[name] = np.abs(tensors[name]) + 0.1
-        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ArtifactError, match=r"key\.weight is planned 2:4"):
-            export(copy, tmp_path / "graph")
-
-    def test_a_plan_with_three_quantizers_where_one_tensor_is_read_is_refused(
-        self, checkpoint: Path, tmp_path: Path
-    ) -> None:
-        copy = shutil.copytree(checkpoint, tmp_path / "copy")
-        scales = load_file(copy / "nxm_scales.safetensors")
-        scales["bert.encoder.layer.0.attention.self.value.input_scale"] = np.array(0.5, np.float32)
-        save_file(scales, copy / "nxm_scales.safetensors")
-        with pytest.raises(ArtifactError, match="read the same tensor with different input scales"):
-            export(copy, tmp_path / "graph")

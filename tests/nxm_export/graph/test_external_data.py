@@ -20,7 +20,7 @@ from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.engine_builds import build_engine, build_fastest
-from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.pipeline.file_diagnosis import diagnose_file
 from nxm_export.storage.hashing import file_hash
 from tests.support import onnx_text
 from tests.support.qdq_graphs import QdqProduct
@@ -88,9 +88,9 @@ def test_a_weight_beside_its_file_is_judged_like_one_within(dense: bool, tmp_pat
     ir.save(load_graph(within), beside, external_data="w.data")
     assert has_external_data(load_graph(beside))
     assert verify(beside, pattern=NMPattern(2, 4)).passed is not dense
-    judged = [doctor_file(file, "trt", "8.6", "8.0").to_dict() for file in (within, beside)]
+    judged = [diagnose_file(file, "trt", "8.6", "8.0").to_dict() for file in (within, beside)]
     assert judged[0]["weights"] == judged[1]["weights"]
-    assert [weight.ready for weight in doctor_file(beside, "trt", "8.6", "8.0").sparsity.weights] == [not dense]
+    assert [weight.ready for weight in diagnose_file(beside, "trt", "8.6", "8.0").sparsity.weights] == [not dense]
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "trt_rtx"])

@@ -17,10 +17,11 @@ from engines.reference import pytorch
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.encoder_family import part_name
 from nxm_export.errors import ExportError
-from nxm_export.graph.exporter import TARGETS, export
+from nxm_export.graph.exporter import export
 from nxm_export.graph.fused_parts import split_products
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_weights, load_graph, parameter_of
-from nxm_export.graph.reading.sparsity_scan import matrix_facts
+from nxm_export.graph.reading.sparsity_scan import scan_products
+from nxm_export.graph.targets import TARGETS
 from nxm_export.graph.verifier import verify
 from tests.support import baked, onnx_text
 from tests.support.variants import variants
@@ -141,7 +142,7 @@ def test_the_parts_hold_the_rows_of_the_fused_matrix_and_mean_what_pytorch_does(
 ) -> None:
     checkpoint = open_checkpoint(biased)
     done = export(biased, tmp_path / "graph", target=target, lowering=lowering, placement=placement, dtype="float32")
-    weights, facts = found(done.path), {fact.name: fact for fact in matrix_facts(load_graph(done.path), "graph")}
+    weights, facts = found(done.path), {fact.name: fact for fact in scan_products(load_graph(done.path), "graph").facts}
     for block in checkpoint.family.blocks(checkpoint.config):
         for path, parts in (("attn.Wqkv", ("query", "key", "value")), ("mlp.Wi", ("input", "gate"))):
             name = f"{block}.{path}.weight"

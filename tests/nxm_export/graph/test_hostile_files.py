@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import NxmError
 from nxm_export.graph.verifier import verify
-from nxm_export.pipeline.inspection import doctor_file, inspect_path
+from nxm_export.pipeline.file_diagnosis import diagnose_file
+from nxm_export.pipeline.inspection import inspect_path
 
 OPERATORS = (
     "MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "LSTM", "QLinearMatMul", "MatMulInteger", "Attention", "Split",
@@ -110,7 +111,7 @@ def ask_everything(file: Path) -> int:
     """How many of the three commands answer; any error that is not ours is the test's failure."""
     commands: list[Callable[[], object]] = [
         lambda: verify(file, pattern=NMPattern(2, 4)),
-        lambda: doctor_file(file, "trt"),
+        lambda: diagnose_file(file, "trt"),
         lambda: inspect_path(file),
     ]
     answers = 0

@@ -23,7 +23,7 @@ from nxm_export.graph.qdq import Linear, fold_weight_qdq
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_weights, load_graph, parameter_of, save_graph
 from nxm_export.graph.verifier import verify, verify_model
 from tests.support import baked, onnx_text, tiny
-from tests.support.variants import variants
+from tests.support.variants import placements_of, variants
 
 BITS = {"*query*": "W2", "*key*": "2:4+W3", "*value*": "2:4+W4", "*intermediate*": "1:4+W5", "*.output.dense*": "W4"}
 CASES = list(itertools.product(("inputs", "inputs-outputs", "products", "attention"), ("matmul", "gemm", "conv1x1")))
@@ -107,7 +107,7 @@ class TestOnnxRuntimeLoadsThePlainFile:
 
     @pytest.mark.parametrize("family", variants([name for name in FAMILIES if name != "bert"], (), slow=tiny.DISTINCT))
     def test_of_every_family(self, tmp_path: Path, family: str) -> None:
-        quantized = "attention" in FAMILIES[family].placements
+        quantized = "attention" in placements_of(FAMILIES[family])
         attention, placement = ("int8", "attention") if quantized else ("float", "inputs-outputs")
         checkpoint = baked.write_checkpoint(family, tmp_path / "c", spec="2:4+W4", attention=attention, layers=2)
         feeds, logits = baked.feeds(family, 3, 17, padding=4), []

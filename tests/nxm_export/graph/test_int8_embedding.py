@@ -19,9 +19,10 @@ from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ExportError
-from nxm_export.graph.exporter import TARGETS, export
+from nxm_export.graph.exporter import export
 from nxm_export.graph.int8_embedding import embedding_hash, fold_int8_embedding, stored_embedding
 from nxm_export.graph.reading.graph_weights import load_graph, save_graph
+from nxm_export.graph.targets import TARGETS
 from nxm_export.graph.verifier import verify
 from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants

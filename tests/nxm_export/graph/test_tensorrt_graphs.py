@@ -18,10 +18,10 @@ from nxm_export.contract.plan import GRAPH_PLACEMENTS, PLACEMENTS, CompressionPl
 from nxm_export.errors import ArtifactError, ExportError, PlanError
 from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph
-from nxm_export.graph.reading.sparsity_scan import matrix_facts
+from nxm_export.graph.reading.sparsity_scan import scan_products
 from tests.support import tiny
 from tests.support.trt_models import Checkpoints, feeds_for
-from tests.support.variants import variants
+from tests.support.variants import placements_of, variants
 
 # Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved
 # by one step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to
@@ -52,7 +52,7 @@ def nodes(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("family", "placement"),
     variants(
-        [(name, placement) for name, family in FAMILIES.items() for placement in family.placements],
+        [(name, placement) for name, family in FAMILIES.items() for placement in placements_of(family)],
         lambda pair: pair[0] == "bert",
         slow=tuple(itertools.product(tiny.DISTINCT, PLACEMENTS)),
     ),
@@ -87,7 +87,7 @@ def test_the_gelu_that_was_trained_is_the_one_in_the_graph(checkpoints: Checkpoi
     model = load_graph(done.path)
     expected = "tanh" if "tanh" in gelu else "erf"
     assert model.metadata_props["nxm.gelu"] == expected
-    wide = next(fact for fact in matrix_facts(model, "") if fact.name.endswith("intermediate.dense.weight"))
+    wide = next(fact for fact in scan_products(model, "").facts if fact.name.endswith("intermediate.dense.weight"))
     assert (wide.epilogue, wide.output) == (f"gelu_{expected}", "int8")
     require_same(run_onnx(done.path), torch.load(checkpoint / "fake_quant_logits.pt").numpy())
 
@@ -130,7 +130,9 @@ def test_issue_4694_and_its_fix_are_two_presets(checkpoints: Checkpoints, tmp_pa
     outputs = {}
     for placement in ("inputs", "inputs-outputs"):
         done = export(checkpoint, tmp_path / placement, target="trt", placement=placement)
-        outputs[placement] = {fact.output for fact in matrix_facts(load_graph(done.path), "") if fact.planned_sparse}
+        outputs[placement] = {
+            fact.output for fact in scan_products(load_graph(done.path), "").facts if fact.planned_sparse
+        }
     assert outputs == {"inputs": {"float16", "int8"}, "inputs-outputs": {"int8"}}, (
         "GELU's output is the next input: INT8"
     )

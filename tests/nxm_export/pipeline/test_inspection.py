@@ -16,15 +16,8 @@ from click.testing import CliRunner
 from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline import environment
-from nxm_export.pipeline.inspection import (
-    EngineInspection,
-    GraphFacts,
-    RunInspection,
-    _kernel_names,
-    inspect_path,
-    measure_layers,
-    require_sparse,
-)
+from nxm_export.pipeline.engine_sparsity import _kernel_names, measure_layers, require_sparse
+from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, RunInspection, inspect_path
 from nxm_export.storage.json_files import entry_at
 from nxm_export.storage.run_dir import RunDir
 from tests.support import onnx_text

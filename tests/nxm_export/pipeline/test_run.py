@@ -31,13 +31,13 @@ from nxm_export.contract.records.verify_report import read_verify_report
 from nxm_export.errors import Notice
 from nxm_export.graph import exporter
 from nxm_export.pipeline.estimate import passes_before_training
-from nxm_export.pipeline.run import Request, _export, _more_text
+from nxm_export.pipeline.request import Request
+from nxm_export.pipeline.run import _export, _more_text
 from nxm_export.pipeline.run_engines import GRAPHS
 from nxm_export.progress import silent
 from nxm_export.storage.json_files import decode, entry_at
 from nxm_export.storage.run_dir import RunDir
-from tests.engines.cusparselt.machines import FACTS, Priced
-from tests.engines.cusparselt.test_backend import FASTER
+from tests.engines.cusparselt.machines import FACTS, FASTER, Priced
 from tests.support import tiny
 from tests.support.few_rounds import time_few_rounds_here
 from tests.support.run_desk import Desk, refused

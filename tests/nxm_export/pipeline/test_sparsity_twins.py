@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from engines.benchmark.latency import BenchReport, Ratio
+from engines.benchmark.latency import BenchReport
 from engines.passport import load_passport
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.engine_timing import _verdict
 from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
-from tests.engines.sparsity.test_build_evidence import engine_directory, tie
 from tests.support.records import PASSPORT
+from tests.support.sparsity_evidence import engine_directory, tie
 
 TWINS = BuiltTwins("trt", {name: TwinHashes("ab", "cd") for name in ("int8-dense", "int8-sparse", "fp16")})
 
@@ -67,7 +68,7 @@ def test_a_twin_that_was_exchanged_is_refused(tmp_path: Path, change: dict[str, 
 
 def test_twins_of_two_directories_get_no_verdict(tmp_path: Path) -> None:
     """Each is the part that it says, of another model."""
-    ratio = Ratio("b", "a", 1, 8, 2.0, (1.9, 2.1))
+    ratio = Speedup("b", "a", 1, 8, 2.0, (1.9, 2.1))
     dense, sparse = tmp_path / "a", tmp_path / "b"
     passports = {
         dense: replace(PASSPORT, options={"sparse": False}),
@@ -88,7 +89,7 @@ def test_twins_whose_evidence_says_nothing_get_no_verdict(tmp_path: Path) -> Non
         engine_directory(directory)
         passports[directory] = tie(directory, evidence=None, options={"sparse": is_sparse})
     twins = {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}
-    report = BenchReport((), (Ratio("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
+    report = BenchReport((), (Speedup("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
     said = _verdict(report, twins, passports)
     assert said is not None
     assert said.startswith(f"no verdict: which kernels {sparse} runs is not known: nothing ties the evidence to")
@@ -106,7 +107,7 @@ def test_twins_whose_evidence_cannot_be_read_keep_their_times(tmp_path: Path, da
         engine_directory(directory)
         passports[directory] = tie(directory, options={"sparse": is_sparse})
     damage(sparse / "weights.json")
-    report = BenchReport((), (Ratio("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
+    report = BenchReport((), (Speedup("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
     said = _verdict(report, {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}, passports)
     assert said is not None
     assert said.startswith(f"no verdict: which kernels {sparse} runs is not known: {sparse}")

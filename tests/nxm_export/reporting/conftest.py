@@ -25,7 +25,8 @@ def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path
 
 def _finish(home: Path) -> None:
     from compressors.settings import Settings
-    from nxm_export.pipeline.run import Request, run
+    from nxm_export.pipeline.request import Request
+    from nxm_export.pipeline.run import run
 
     tiny.write_model("bert", home / "model", head="classification", classes=CLASSES)
     for file in tiny.write_data(home):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.sparsity.judgement import WeightSparsity
+from engines.sparsity.sparsity_report import WeightSparsity
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.records.verify_report import VerifyReport

@@ -266,12 +266,12 @@ def test_a_file_of_others_may_hold_numbers_that_json_does_not_have(tmp_path: Pat
         read_json(tmp_path / "x.json", "do this")
 
 
-def test_a_record_that_cannot_be_read_is_an_error_of_the_given_class(tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for name, content, message in (("none.json", None, "cannot be read"), ("x.json", b"\xff", "not a JSON file")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(PlanError, match=rf"{name}: {message}.*; do this"):
-            read_record(tmp_path / name, House, schema=SCHEMA, way_out="do this", error=PlanError)
+        with pytest.raises(ArtifactError, match=rf"{name}: {message}.*; do this"):
+            read_record(tmp_path / name, House, schema=SCHEMA, way_out="do this")
 
 
 @pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '["\\uDFFF"]', '{"\\ud83d": 1}', '"\\ud83d\\u0041"'])

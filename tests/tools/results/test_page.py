@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nxm_export.data.metrics import interval, metric_named, paired_interval
+from nxm_export.data.metrics import metric_named, paired_interval
+from tests.support.intervals import interval
 from tests.support.results_book import DRAWS, LABELS, Book, compressed, flipped, searched
 from tools import ROOT
 from tools.results.bootstrap import resampled

@@ -19,6 +19,7 @@ from tests.support import tiny
 from tests.support.results_book import facts_of
 from tools.results import tasks
 from tools.results.__main__ import main
+from tools.results.clock import Clock
 from tools.results.page import render
 from tools.results.records import (
     Record,
@@ -26,7 +27,6 @@ from tools.results.records import (
     one_hot,
 )
 from tools.results.rows import row_named
-from tools.results.run import Clock
 from tools.results.store import TaskStore
 
 FAST = [

@@ -26,7 +26,7 @@ from engines.tensorrt import backend as trt
 from engines.tensorrt.builder_process import CACHE_FILE
 from engines.tensorrt.cuda_driver import device_facts
 from nxm_export.errors import NxmError
-from nxm_export.pipeline.inspection import measure_layers
+from nxm_export.pipeline.engine_sparsity import measure_layers
 from nxm_export.storage.atomic import make_directory, write_atomic
 from tools.gpu.evidence import DENSE, FP16, SPARSE, shape_of
 

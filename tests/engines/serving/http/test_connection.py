@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engines.serving.http.connection import require_host
 from engines.serving.http.framing import MalformedHead
 from nxm_export.storage.json_files import as_object, entry_at
-from tests.engines.serving.test_server import eventually
+from tests.support.serving_calls import eventually
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import Answer, connect, read, request, send
 

@@ -18,8 +18,8 @@ from engines.serving.http import open_files
 from engines.serving.http.open_files import AcceptFailures, require_open_files
 from nxm_export.cli import main
 from nxm_export.errors import ServeError
-from tests.engines.serving.test_server import eventually, log_lines
 from tests.support import exact_engine
+from tests.support.serving_calls import eventually, log_lines
 from tools.benchmarks.servers import nxm_serve
 from tools.raw_http import connect, send
 

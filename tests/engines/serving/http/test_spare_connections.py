@@ -11,8 +11,8 @@ import pytest
 
 from engines.serving.http.spare_connections import ROOM, SpareConnections
 from nxm_export.storage.json_files import entry_at
-from tests.engines.serving.test_server import INFER, body_of, eventually, metric
 from tests.support.exact_engine import feeds_of
+from tests.support.serving_calls import INFER, body_of, eventually, metric
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import connect, read, request, send
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from nxm_export.errors import ArtifactError
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
-from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.pipeline.file_diagnosis import diagnose_file
 from tests.support.qdq_graphs import K, N, QdqProduct
 
 
@@ -47,7 +47,7 @@ def saved(directory: Path, *nodes: onnx.NodeProto) -> Path:
 )
 def test_what_no_runtime_could_run_is_refused_by_node(node: onnx.NodeProto, message: str, tmp_path: Path) -> None:
     file = saved(tmp_path, node)
-    for read in (load_graph, verify, lambda given: doctor_file(given, "trt", "8.6", "8.0")):
+    for read in (load_graph, verify, lambda given: diagnose_file(given, "trt", "8.6", "8.0")):
         with pytest.raises(ArtifactError, match=f"model.onnx: .*{message}.*: no runtime can run that"):
             read(file)
 
@@ -55,7 +55,7 @@ def test_what_no_runtime_could_run_is_refused_by_node(node: onnx.NodeProto, mess
 def test_a_circle_of_nodes_ends(tmp_path: Path) -> None:
     circle = [helper.make_node("Identity", ["b"], ["a"]), helper.make_node("Identity", ["a"], ["b"])]
     file = saved(tmp_path, *circle, helper.make_node("DequantizeLinear", ["a", "s"], ["d"], "dq"))
-    found = doctor_file(file, "trt", "8.6", "8.0")
+    found = diagnose_file(file, "trt", "8.6", "8.0")
     assert "dq: dequantizes what nothing quantized" in found.problems
     assert not any(weight.ready for weight in found.sparsity.weights)
 

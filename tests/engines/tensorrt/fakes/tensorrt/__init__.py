@@ -142,12 +142,12 @@ def _shape(value: Any) -> tuple[int, ...]:
 def _products(file: str, sparse_flag: bool) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """A layer per product with a constant weight, and the names for the builder's sparse lists."""
     from nxm_export.graph.reading.graph_weights import load_graph
-    from nxm_export.graph.reading.sparsity_scan import matrix_facts
+    from nxm_export.graph.reading.sparsity_scan import scan_products
 
     layers: list[dict[str, Any]] = []
     eligible: list[str] = []
     picked: list[str] = []
-    for fact in matrix_facts(load_graph(Path(file)), file):
+    for fact in scan_products(load_graph(Path(file)), file).facts:
         sparse = (
             sparse_flag and fact.sparse_along_k and fact.integer_weight and fact.integer_input and fact.output == "int8"
         )

@@ -108,7 +108,8 @@ def read_task_data(
         examples = examples.sample(request.train_limit, settings.seed)
 
     def tokens(examples: Examples) -> list[Features]:
-        return encode(tokenizer.backend_tokenizer, answering(examples, threshold), length, source.family.inputs)
+        asked = answering(examples, threshold)
+        return encode(tokenizer.backend_tokenizer, asked, length, source.family.inputs, says_cuts=True)
 
     more, facts = list[Features](), None
     if request.more_text is not None:

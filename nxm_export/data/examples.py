@@ -276,12 +276,15 @@ def _one_text(label: RawLabel) -> str:
     return label
 
 
-def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
+def encode(
+    tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str], *, says_cuts: bool = False
+) -> list[Features]:
     """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and
     ``group`` where examples have one.
 
-    `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
-    `max_length` tokens have no room for text.
+    `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. With `says_cuts` a notice
+    says how many texts are cut: of a file somebody should know, a server should not say it for every request. Raises
+    `DataError` when `max_length` tokens have no room for text.
     """
     if examples.encoder is not None:
         return examples.encoder(tokenizer, examples, max_length, inputs)
@@ -292,7 +295,7 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Se
         )
     cut_at(tokenizer, max_length)
     encodings = tokenizer.encode_batch(list(as_read(examples.texts, examples.pairs)))
-    if cut := sum(bool(encoding.overflowing) for encoding in encodings):
+    if says_cuts and (cut := sum(bool(encoding.overflowing) for encoding in encodings)):
         notice(f"{examples.source}: {cut} of {len(encodings)} texts are longer than {max_length} tokens, and cut there")
     labels = examples.labels if examples.tokens is None else _token_labels(examples, examples.tokens, encodings)
     made: list[Features] = [

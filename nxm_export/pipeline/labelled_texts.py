@@ -29,7 +29,7 @@ class LabelledTexts:
         """The samples."""
         from nxm_export.data.examples import encode
 
-        return encode(self.tokenizer, self.examples, self.length, self.inputs)
+        return encode(self.tokenizer, self.examples, self.length, self.inputs, says_cuts=True)
 
 
 def labelled_texts(directory: Path, data: str, columns: Columns, limit: int) -> LabelledTexts:

@@ -33,7 +33,7 @@ def test_layers_that_did_not_run_have_no_times(runs: bool, monkeypatch: pytest.M
     context.execute_async_v3 = execute
     engine: Any = object.__new__(TensorRTEngine)
     engine._trt, engine.file = SimpleNamespace(IProfiler=_Profiler), Path("model.engine")
-    engine._contexts = {}
+    engine._contexts, engine._graph, engine._device = {}, None, None
     device = SimpleNamespace(stream=0, synchronize=lambda: None)
     monkeypatch.setattr("engines.tensorrt.runtime.said_errors", lambda: "an error of CUDA")
     monkeypatch.setattr(engine, "_prepare", lambda _: (device, context))

@@ -402,10 +402,11 @@ def test_a_label_with_more_digits_than_a_number_has_is_a_name(tmp_path: Path) ->
     assert class_names(labels(tmp_path, "9" * 5000, "2", "1")) == ["1", "2", "9" * 5000]
 
 
-def test_texts_that_are_cut_are_said() -> None:
+def test_texts_of_a_file_that_are_cut_are_said() -> None:
     examples = Examples(["a film", "the film of two good actor"], None, [0, 1], "dev.tsv")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
-        encode(tiny.tokenizer(), examples, 8, ("input_ids",))
+        encode(tiny.tokenizer(), examples, 8, ("input_ids",), says_cuts=True)
+        encode(tiny.tokenizer(), examples, 7, ("input_ids",))  # a request to a server
     with pytest.warns(Notice, match=r"^dev\.tsv: 1 of 2 texts are longer than 7 tokens, and cut there$"):
-        encode(tiny.tokenizer(), examples, 7, ("input_ids",))
+        encode(tiny.tokenizer(), examples, 7, ("input_ids",), says_cuts=True)

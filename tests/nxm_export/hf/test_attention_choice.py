@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from compressors import distributed
 from compressors.models import load_model, resolve
 from compressors.quantization.prepare_bake import use_int8_attention
 from engines.reference.attention import use_blocked_attention
@@ -44,6 +45,7 @@ def test_a_choice_that_is_ignored_is_an_error(
 def test_a_family_loads_where_there_is_a_gpu(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There attention is fused for training, by a family that has that; transformers refuses to load another so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     source = resolve(tiny.write_model(family, tmp_path / "model", head="classification"))
     model = load_model(source, TASKS["classification"])
     parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]

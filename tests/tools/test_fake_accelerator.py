@@ -18,6 +18,7 @@ from tests.support import tiny
 from tools import ROOT
 
 pytestmark = pytest.mark.slow
+ALIKE = pytest.mark.exhaustive  # goes the way of another
 
 # Lines of ours at which each step waits for the device, and why it must. The Trainer's and transformers' own waits show
 # as the line that calls them.
@@ -70,7 +71,10 @@ def rehearse(run: Path, folder: Path, *options: str) -> Report:
     return Report(report["metrics"], waits)
 
 
-@pytest.mark.parametrize("recipe", ["admm", "obs", "obs-refit", "magnitude", "nxm", "sr-ste", "paper"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["admm", "obs", "nxm", "sr-ste", "paper", *(pytest.param(r, marks=ALIKE) for r in ("obs-refit", "magnitude"))],
+)
 def test_every_recipe_trains_to_the_end(recipe: str, run: Path, tmp_path: Path) -> None:
     report = rehearse(run, tmp_path, "--recipe", recipe, "--steps", "6")
     assert report.metrics["steps"] == 6
@@ -98,7 +102,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert report.metrics["weights of the resumed"] == report.metrics["weights"]
 
 
-@pytest.mark.parametrize("recipe", ["admm", "obs", "one-shot"])
+@pytest.mark.parametrize("recipe", ["admm", "one-shot", pytest.param("obs", marks=ALIKE)])
 def test_a_search_happens_there_too(recipe: str, run: Path, tmp_path: Path) -> None:
     report = rehearse(run, tmp_path, "--search", "--recipe", recipe, "--steps", "4")
     assert report.metrics["finalists"]

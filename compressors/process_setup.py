@@ -16,8 +16,8 @@ def prepare_process(threads: int | None = None) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus > 1 and distributed.world_size() == 1:
         notice(
-            f"{gpus} GPUs are here, and one process trains on one of them; to use all, start with torchrun "
-            f"--nproc-per-node {gpus} -m nxm_export in place of nxm"
+            f"{gpus} GPUs are here, and one process trains on one of them; nxm compress and nxm search use all when "
+            f"started with torchrun --nproc-per-node {gpus} -m nxm_export in place of nxm"
         )
     if threads is not None:
         torch.set_num_threads(threads)

@@ -46,7 +46,8 @@ class Part:
     def dtype(self) -> str:
         """Float type that it may compute in: its graph's; float16 where the builder was free to choose it, layer by
         layer, for a float32 graph (weakly typed TensorRT)."""
-        return "float16" if self.passport.options.get("strongly_typed") is False else self.graph_dtype
+        free = self.graph_dtype == "float32" and self.passport.options.get("strongly_typed") is False
+        return "float16" if free else self.graph_dtype
 
     @property
     def key(self) -> str:

@@ -132,11 +132,11 @@ class Device:
         finally:
             # Also of a capture that went wrong, which says so only here: else the stream would stay in it.
             ended = self._driver.cuStreamEndCapture(self.stream, ctypes.byref(graph)) == 0 and bool(graph.value)
-        if not (done and ended):
+        if not ended:
             return None
-        code = self._driver.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, 0)
+        failed = not done or self._driver.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, 0)
         self._call("cuGraphDestroy", graph)
-        return int(ready.value or 0) or None if code == 0 else None
+        return None if failed else int(ready.value or 0) or None
 
     def launch(self, graph: int) -> None:
         """Run a graph of `captured` in the stream."""
@@ -180,8 +180,13 @@ def _driver() -> ctypes.CDLL:
         driver = ctypes.CDLL(_LIBRARY)
     except OSError as error:
         raise EngineUnavailable(f"{_NO_GPU}; {_LIBRARY} is not on this machine") from error
-    for name, types in _SIGNATURES.items():
-        getattr(driver, name).argtypes = types
+    try:
+        for name, types in _SIGNATURES.items():
+            getattr(driver, name).argtypes = types
+    except AttributeError as error:
+        raise EngineUnavailable(
+            f"the NVIDIA driver here is too old ({error}); install one for CUDA 11.4 or later (470)"
+        ) from error
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         raise EngineUnavailable(f"{_NO_GPU}; the driver is here and finds no GPU")

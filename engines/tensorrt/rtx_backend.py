@@ -130,7 +130,9 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
             "TensorRT-RTX runs on RTX GPUs only"
         )
     trt = cast("TensorRT", importlib.import_module(MODULE))
-    return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
+    # RTX compiles kernels for a shape in the background, and runs general ones until then.
+    rebuild = f"rebuild it: {passport.rebuild_command()}"
+    return TensorRTEngine(trt, directory / ENGINE_FILE, engine, rebuild, kernels_are_final=False)
 
 
 def inspect(directory: str | Path) -> RtxFacts:

@@ -38,12 +38,16 @@ class TensorRTEngine(Closing):
 
     `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences
     beyond it are refused. Device buffers grow and are used again. From the third run of a shape on, as long as no
-    other one comes between, a CUDA graph launches all kernels at once: of small batches launching takes most.
+    other one comes between, a CUDA graph launches all kernels at once: of small batches launching takes most. Not so
+    without `kernels_are_final`, where the runtime takes better kernels for a shape after a while: a graph would keep
+    those of the first runs.
     """
 
     clock = "CUDA events"
 
-    def __init__(self, trt: TensorRT, file: Path, engine: bytes, rebuild: str) -> None:
+    def __init__(
+        self, trt: TensorRT, file: Path, engine: bytes, rebuild: str, *, kernels_are_final: bool = True
+    ) -> None:
         self._trt, self.file, self._rebuild = trt, file, rebuild
         self._spec = spec_of(file.parent)
         self._contexts: dict[int, ExecutionContext] = {}
@@ -51,7 +55,7 @@ class TensorRTEngine(Closing):
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the inputs that the context in use is bound for
         self._runs = 0  # of these shapes, one behind another
         self._graph: int | None = None  # of these shapes
-        self._can_capture = True
+        self._can_capture = kernels_are_final
         self._runtime: Runtime | None = None
         self._engine: CudaEngine | None = None
         self._device: Device | None = Device()
@@ -102,8 +106,14 @@ class TensorRTEngine(Closing):
         require_feeds(self, feeds)
         device, context = self._prepare(feeds)
         start, end = device.event(), device.event()
+        shapes = {name: array.shape for name, array in feeds.items()}
 
         def once() -> float:
+            nonlocal context
+            if shapes != self._shapes:  # another shape has run since, whose time this would be
+                _, context = self._prepare(feeds)
+                for _ in range(_RUNS_BEFORE_CAPTURE):  # a run that is timed makes no graph
+                    self._enqueue(device, context)
             # Engines of one bench share no buffers, so the inputs are still there from the preparation.
             device.activate()
             forget_errors()
@@ -128,12 +138,14 @@ class TensorRTEngine(Closing):
 
         device, context = self._prepare(feeds)
         context.profiler = Profiler()
-        for _ in range(rounds):
-            if not context.execute_async_v3(device.stream):
-                raise EngineError(f"{self.file}: TensorRT failed: {said_errors()}")
-            device.synchronize()
-        self._rebind()
-        self._contexts.clear()  # a context with a profiler runs layer by layer: the next run gets a fresh one
+        try:
+            for _ in range(rounds):
+                if not context.execute_async_v3(device.stream):
+                    raise EngineError(f"{self.file}: TensorRT failed: {said_errors()}")
+                device.synchronize()
+        finally:
+            self._rebind()
+            self._contexts.clear()  # a context with a profiler runs layer by layer: the next run gets a fresh one
         return {name: total / rounds for name, total in totals.items()}
 
     def close(self) -> None:

@@ -96,8 +96,8 @@ class _Group(click.Group):
         _open_closed_streams()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("default", Notice)
-                warnings.showwarning = _show_warning
+                warnings.simplefilter("always", Notice)
+                warnings.showwarning = _WarningLines()
                 return super().invoke(ctx)
         except NxmError as error:
             click.echo(f"nxm: {one_line(str(error))}", err=True)
@@ -134,19 +134,29 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """A notice of ours as one line, of the first process alone; other warnings as Python shows them."""
-    if not issubclass(category, Notice):
-        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
-    elif not int(os.environ.get("RANK", "0")):
-        click.echo(f"note: {message}", err=True)
+class _WarningLines:
+    """Shows a notice of ours as one line, of the first process alone and once a command; other warnings as Python does.
+
+    Python itself forgets what it has said whenever some code has set its filters, as for loading a model.
+    """
+
+    def __init__(self) -> None:
+        self._said = set[str]()
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, Notice):
+            click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
+        elif str(message) not in self._said and not int(os.environ.get("RANK", "0")):
+            self._said.add(str(message))
+            click.echo(f"note: {message}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -306,7 +306,7 @@ def _separated(raw: RawExamples, head: Sequence[str]) -> RawExamples:
         return tuple(label_text({"label": part}, "label", place) for part in parts)
 
     separated = replace(raw, labels=[split(label, place) for label, place in zip(raw.labels, raw.places, strict=True)])
-    others = () if mark == ";" else ("|",) if any("," in cell for cell in cells) else ("|", " ")
+    others = (",",) if mark == ";" else ("|",) if any("," in cell for cell in cells) else ("|", " ")
     names = {*head, *_used(separated)}
     for cell, place in zip(raw.labels, raw.places, strict=True):
         for other in others if isinstance(cell, str) and cell.strip() not in head else ():

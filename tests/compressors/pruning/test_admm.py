@@ -148,6 +148,21 @@ def test_projected_block_restores_the_weights() -> None:
     assert torch.equal(weight, before)
 
 
+def test_the_penalty_of_what_is_resumed_has_the_weight_that_was_saved() -> None:
+    def build() -> tuple[nn.ModuleDict, Admm, nn.Parameter]:
+        weight = nn.Parameter(torch.arange(32.0).reshape(4, 8))
+        admm = Admm({"w": (weight, SPEC)}, PROJECTIONS["mask"])
+        admm.set_rho(2.0)
+        return nn.ModuleDict({"admm": admm}), admm, weight
+
+    (saved, first, _), (resumed, second, weight) = build(), build()
+    first.set_rho(8.0)
+    resumed.load_state_dict(saved.state_dict())  # of the module that holds it, as the Trainer does
+    second.add_penalty()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, 8.0 * (weight.detach() - second.constraints["w"].z))  # type: ignore[operator]
+
+
 def test_state_survives_saving() -> None:
     def build() -> Admm:
         return Admm({"a.b.weight": (nn.Parameter(torch.ones(4, 8)), SPEC)}, PROJECTIONS["mask"])

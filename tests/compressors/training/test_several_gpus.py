@@ -38,7 +38,9 @@ def test_one_process_trains_on_one_gpu_and_never_by_data_parallel(tmp_path: Path
 def test_it_says_how_to_use_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "start", lambda: None)
-    with pytest.warns(Notice, match=f"{GPUS} GPUs are here.*torchrun --nproc-per-node {GPUS}"):
+    with pytest.warns(
+        Notice, match=f"{GPUS} GPUs are here.*nxm compress and nxm search.*torchrun --nproc-per-node {GPUS}"
+    ):
         prepare_process()
     monkeypatch.setenv("WORLD_SIZE", str(GPUS))
     with warnings.catch_warnings():

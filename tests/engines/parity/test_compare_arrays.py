@@ -18,7 +18,7 @@ from engines.parity.decisions import Reading
 from engines.parity.gates import parse_gate
 from engines.parity.parts import Part
 from engines.parity.reports import ParityReport
-from engines.parity.tolerance import Expectation, compare_output
+from engines.parity.tolerance import DTYPE_ROUNDING, Expectation, compare_output
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import IOSpec
@@ -450,13 +450,20 @@ def test_the_largest_share_of_changed_decisions_is_in_percent(count: int) -> Non
     assert module._flips(outputs) == 12.5 * count
 
 
-@pytest.mark.parametrize(("strongly_typed", "rounds"), [(False, 2.0**-11), (True, 0.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("strongly_typed", "graph_dtype", "dtype"),
+    [
+        (False, "float32", "float16"),
+        (True, "float32", "float32"),
+        (None, "float32", "float32"),
+        (False, "bfloat16", "bfloat16"),  # rounds more than float16 does
+    ],
+)
 def test_an_engine_whose_builder_chose_types_is_judged_as_float16_though_its_graph_is_float32(
-    strongly_typed: bool | None, rounds: float
+    strongly_typed: bool | None, graph_dtype: str, dtype: str
 ) -> None:
     """Weakly typed TensorRT runs what it likes of a float32 graph in FP16; the graph's scales stay float32."""
-    part = part_of(spec_of("classification"), lambda _: {}, lambda _: {})
+    part = part_of(spec_of("classification"), lambda _: {}, lambda _: {}, dtype=graph_dtype)
     options = {} if strongly_typed is None else {"strongly_typed": strongly_typed}
     part = replace(part, passport=replace(part.passport, options=options))
-    assert (part.rounding, part.graph_dtype) == (rounds, "float32")
-    assert part.dtype == ("float16" if rounds else "float32")
+    assert (part.rounding, part.graph_dtype, part.dtype) == (DTYPE_ROUNDING[dtype], graph_dtype, dtype)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -260,6 +261,15 @@ def test_a_second_text_that_is_empty_is_none(engine: Path, text: bytes) -> None:
     beside_nothing = frontend.tokens({"text": np.array([[text]], object), "text_pair": np.array([[b""]], object)})
     for name in alone:
         np.testing.assert_array_equal(beside_nothing[name], alone[name])
+
+
+def test_a_text_that_is_cut_leaves_no_note(engine: Path) -> None:
+    """The log is lines of JSON, and a client is not to fill it."""
+    frontend = TextFrontend(cast("Tokenizer", exact_engine.tokenizer()), load_spec(engine))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens = frontend.tokens({"text": np.array([[b"good " * (MAX_LENGTH + 2)]], object)})
+    assert tokens["input_ids"].shape == (1, MAX_LENGTH)
 
 
 def test_control_characters_reach_no_log(ours: Running) -> None:

@@ -184,6 +184,7 @@ def test_runs_of_one_shape_replay_a_cuda_graph_on_the_inputs_of_each(
 import sys, warnings
 import numpy as np
 from engines.tensorrt import backend as trt
+from nxm_export.errors import EngineError
 from tests.support.trt_models import feeds_for
 with trt.load(sys.argv[1]) as engine:
     given = feeds_for(engine.inputs, 2, 16)
@@ -206,6 +207,13 @@ with trt.load(sys.argv[1]) as engine:
     print(graphs, len(said), *(str(one.message) for one in said))
     engine.run(feeds_for(engine.inputs, 1, 8))
     assert engine._graph is None, "of other shapes"
+    assert time() > 0 and set(engine._shapes.values()) == {(2, 16)}, "a timer runs its own shape, whatever ran since"
+try:
+    time()
+except EngineError as error:
+    assert "was closed" in str(error)
+else:
+    raise AssertionError("an engine that is closed has no time")
 """
     env = environment(driver, version, **({} if captures else {"NXM_FAKE_NO_CAPTURE": "1"}))
     done = subprocess.run(

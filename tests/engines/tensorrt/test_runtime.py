@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from engines.tensorrt import rtx_backend
 from engines.tensorrt.cuda_driver import Device
 from engines.tensorrt.messages import forget_errors, logger_of, said_errors
 from engines.tensorrt.runtime import TensorRTEngine
@@ -33,7 +34,7 @@ def test_layers_that_did_not_run_have_no_times(runs: bool, monkeypatch: pytest.M
     context.execute_async_v3 = execute
     engine: Any = object.__new__(TensorRTEngine)
     engine._trt, engine.file = SimpleNamespace(IProfiler=_Profiler), Path("model.engine")
-    engine._contexts, engine._graph, engine._device = {}, None, None
+    engine._contexts, engine._device, engine._graph = {0: context}, None, None
     device = SimpleNamespace(stream=0, synchronize=lambda: None)
     monkeypatch.setattr("engines.tensorrt.runtime.said_errors", lambda: "an error of CUDA")
     monkeypatch.setattr(engine, "_prepare", lambda _: (device, context))
@@ -42,6 +43,7 @@ def test_layers_that_did_not_run_have_no_times(runs: bool, monkeypatch: pytest.M
     else:
         with pytest.raises(EngineError, match="TensorRT failed: an error of CUDA"):
             engine.layer_times({}, 4)
+    assert not engine._contexts, "one with a profiler runs layer by layer"
 
 
 class TensorRTDouble:
@@ -168,3 +170,40 @@ def test_a_device_is_current_where_its_events_and_stream_are_given_back() -> Non
     device._call = lambda name, *_: calls.append(name)
     device.close()
     assert calls == ["cuCtxSetCurrent", "cuEventDestroy_v2", "cuStreamDestroy_v2", "cuDevicePrimaryCtxRelease_v2"]
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_only_kernels_that_stay_what_they_are_go_into_a_graph(final: bool, doubles: Any) -> None:
+    engine = TensorRTEngine(doubles, Path("model.engine"), b"engine FLOAT", "build it again", kernels_are_final=final)
+    runs: list[str] = []
+
+    def execute(_: int) -> bool:
+        runs.append("kernels")
+        return True
+
+    device: Any = SimpleNamespace(
+        stream=1, synchronize=lambda: None, captured=lambda work: 7, launch=lambda graph: runs.append(f"graph {graph}")
+    )
+    for _ in range(4):
+        engine._enqueue(device, SimpleNamespace(execute_async_v3=execute))
+    assert runs == ["kernels"] * 2 + (["graph 7"] * 2 if final else ["kernels"] * 2)
+
+
+def test_the_kernels_of_tensorrt_rtx_are_not_final(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It compiles those for a shape in the background: a graph of the first runs would keep the general ones."""
+    passport = SimpleNamespace(
+        read_engine=lambda directory, facts: b"engine",
+        device={"compute_capabilities": "8.6, 8.9"},
+        rebuild_command=lambda: "nxm build",
+    )
+    for name, value in {
+        "load_passport": lambda directory: passport,
+        "_require_installed": lambda: None,
+        "_facts": dict,
+        "device_facts": lambda: {"compute_capability": "8.9"},
+        "importlib": SimpleNamespace(import_module=lambda name: name),
+        "TensorRTEngine": lambda *_, **keywords: keywords,
+    }.items():
+        monkeypatch.setattr(rtx_backend, name, value)
+    loaded: Any = rtx_backend.load(tmp_path)
+    assert loaded == {"kernels_are_final": False}

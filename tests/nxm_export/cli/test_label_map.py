@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -36,6 +38,8 @@ def test_a_note_is_one_line_on_stderr_said_once() -> None:
     def say() -> None:
         for _ in range(2):
             notice("the labels are numbers")
+            with warnings.catch_warnings():  # as loading a model does
+                warnings.simplefilter("ignore")
         click.echo("{}")
 
     try:

@@ -248,6 +248,14 @@ class TestSeveral:
         assert read(alone, "multi-label", classes.names)[0].labels == [[0.0, 1.0], [1.0, 0.0]], "a name of the head"
         assert read(alone, "multi-label")[1].names == ("cold", "good", "sad")
 
+    def test_commas_between_names_in_a_file_of_semicolons_are_refused(self, tmp_path: Path) -> None:
+        """They were read as such a while ago, and would make a class of every combination now."""
+        cells = ("good;cold", "sad", "good,sad")
+        file = write(tmp_path, texts(*cells, key="labels"))
+        with pytest.raises(DataError, match=r":3: label 'good,sad' reads like several labels with ',' between them"):
+            read(file, "multi-label")
+        assert read(file, "multi-label", ("good", "cold", "sad", "good,sad"))[0].labels[2] == [0.0, 0.0, 0.0, 1.0]
+
     @pytest.mark.parametrize(
         ("cells", "message"),
         [

@@ -126,7 +126,8 @@ class Device:
         """A CUDA graph of what `work` puts into the stream, which does not run it; None where `work` says that it
         failed, or puts something there that no graph holds. `launch` runs it, `forget` gives it back."""
         graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuStreamBeginCapture_v2", self.stream, _CAPTURE_THIS_THREAD)
+        if self._driver.cuStreamBeginCapture_v2(self.stream, _CAPTURE_THIS_THREAD):
+            return None
         try:
             done = work()
         finally:

@@ -29,16 +29,17 @@ _NUMPY: Mapping[str, type[np.generic]] = {
     "INT8": np.int8,
     "BOOL": np.bool_,
 }
-# In the first run of a shape TensorRT does what no graph holds; and where shapes change all the time, none pays.
-_RUNS_BEFORE_CAPTURE = 2
+# In the first run of a shape TensorRT does what no graph holds. Where shapes change all the time, none pays: it takes
+# longer to make than a run.
+_RUNS_BEFORE_CAPTURE = 8
 
 
 class TensorRTEngine(Closing):
     """A deserialized engine on the first GPU. See `engines.base.Engine`.
 
     `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences
-    beyond it are refused. Device buffers grow and are used again. From the third run of a shape on, as long as no
-    other one comes between, a CUDA graph launches all kernels at once: of small batches launching takes most. Not so
+    beyond it are refused. Device buffers grow and are used again. After some runs of a shape, as long as no other
+    one comes between, a CUDA graph launches all kernels at once: of small batches launching takes most. Not so
     without `kernels_are_final`, where the runtime takes better kernels for a shape after a while: a graph would keep
     those of the first runs.
     """
@@ -104,16 +105,14 @@ class TensorRTEngine(Closing):
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs `feeds`, already on the device, and returns the milliseconds between two CUDA events."""
         require_feeds(self, feeds)
-        device, context = self._prepare(feeds)
+        device, context = self._prepared_to_time(feeds)
         start, end = device.event(), device.event()
         shapes = {name: array.shape for name, array in feeds.items()}
 
         def once() -> float:
             nonlocal context
             if shapes != self._shapes:  # another shape has run since, whose time this would be
-                _, context = self._prepare(feeds)
-                for _ in range(_RUNS_BEFORE_CAPTURE):  # a run that is timed makes no graph
-                    self._enqueue(device, context)
+                _, context = self._prepared_to_time(feeds)
             # Engines of one bench share no buffers, so the inputs are still there from the preparation.
             device.activate()
             forget_errors()
@@ -188,6 +187,14 @@ class TensorRTEngine(Closing):
             typed = np.ascontiguousarray(as_bound(by_name[name], array))
             device.upload(self._buffers[name][0], typed)
             device.synchronize()  # `typed` may be gone before an asynchronous copy
+        return device, context
+
+    def _prepared_to_time(self, feeds: Mapping[str, np.ndarray]) -> tuple[Device, ExecutionContext]:
+        """The same, behind the runs that a graph needs: none is made in a run that is timed."""
+        device, context = self._prepare(feeds)
+        for _ in range(_RUNS_BEFORE_CAPTURE):
+            self._enqueue(device, context)
+        device.synchronize()
         return device, context
 
     def _bind(self, context: ExecutionContext, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -135,7 +135,7 @@ def _accuracy(run: Run) -> PageTable:
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
     if engine and parity and (value := compressed_value(run)):
         note: Cell = ""
-        if low and high:
+        if low and high and low.number is not None and high.number is not None:
             note = ("difference to dense: ", low.shown("signed"), " to ", high.shown("signed"), " (95 %, paired)")
         rows.append(
             (f"compressed, engine {engine.name}", value.shown("score"), _interval(parity, "engine_interval"), note)
@@ -144,7 +144,7 @@ def _accuracy(run: Run) -> PageTable:
     if blind and (value := run.figure("one_class", "value")):
         low, high = run.figure("one_class", "dense_gain", 0), run.figure("one_class", "dense_gain", 1)
         note = (f"{blind.label!r}; " if blind.label else "",)
-        if low and high:
+        if low and high and low.number is not None and high.number is not None:
             note = (*note, "dense ", low.shown("signed"), " to ", high.shown("signed"), " from it (95 %, paired)")
         rows.append((f"no model: {blind.what} for all", value.shown("score"), "-", note))
     samples = dev_samples(run)

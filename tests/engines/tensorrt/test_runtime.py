@@ -184,9 +184,9 @@ def test_only_kernels_that_stay_what_they_are_go_into_a_graph(final: bool, doubl
     device: Any = SimpleNamespace(
         stream=1, synchronize=lambda: None, captured=lambda work: 7, launch=lambda graph: runs.append(f"graph {graph}")
     )
-    for _ in range(4):
+    for _ in range(10):
         engine._enqueue(device, SimpleNamespace(execute_async_v3=execute))
-    assert runs == ["kernels"] * 2 + (["graph 7"] * 2 if final else ["kernels"] * 2)
+    assert runs == ["kernels"] * 8 + (["graph 7"] * 2 if final else ["kernels"] * 2)
 
 
 def test_the_kernels_of_tensorrt_rtx_are_not_final(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ _NUMPY: Mapping[str, type[np.generic]] = {
     "INT8": np.int8,
     "BOOL": np.bool_,
 }
-# In the first run of a shape TensorRT does what no graph holds. Where shapes change all the time, none pays: it takes
-# longer to make than a run.
+# In the first run of a shape TensorRT does what no graph holds. And a graph takes longer to make than a run: none pays
+# where shapes change all the time.
 _RUNS_BEFORE_CAPTURE = 8
 
 

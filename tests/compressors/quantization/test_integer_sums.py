@@ -55,3 +55,12 @@ def test_sums_are_those_of_integers_as_exactly_as_the_device_gives_them(device: 
     else:
         assert torch.equal(sums, exact.bfloat16().float())  # one rounding, at the end
     assert torch.equal(integer_sums(codes.float(), weight.float()), exact.float())
+
+
+@pytest.mark.parametrize("inputs", [384, 768, 3072])
+def test_what_a_cpu_rounds_does_not_depend_on_the_number_of_inputs(inputs: int) -> None:
+    codes, weight = _integers(256, inputs, largest=127, seed=0), _integers(128, inputs, largest=7, seed=1)
+    exact = (codes @ weight.T).double()
+    error = integer_sums(codes.bfloat16(), weight.bfloat16()).double() - exact
+    # .00166 of their root mean square, as `integer_sums` says: each is rounded to 8 bits, once.
+    assert float((error.square().mean() / exact.square().mean()).sqrt()) == pytest.approx(0.00166, abs=0.0001)

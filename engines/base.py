@@ -253,6 +253,21 @@ class LayerTimedEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class QueuedEngine(Protocol):
+    """A loaded engine on a GPU: it can be given runs before the last one has ended, and keeps them in a queue."""
+
+    def queue_timer(self, feeds: Mapping[str, np.ndarray], runs: int) -> Callable[[], float]:
+        """A function that queues `runs` runs of `feeds`, already on the GPU, waits for the last, and returns the
+        milliseconds of all by `Engine.clock`."""
+        ...
+
+    def launches_graph(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """Whether a run of this shape, which a timer was made for, is launched as one CUDA graph, not kernel by
+        kernel."""
+        ...
+
+
 class EngineFacts(Protocol):
     """What `Backend.inspect` returns: facts of an engine directory, a frozen dataclass of each backend's own."""
 

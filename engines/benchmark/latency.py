@@ -6,6 +6,9 @@ are reported with the interval of the middle half, and ratios are medians of pai
 GPU engines are timed by CUDA events around the engine alone, with the inputs on the device; CPU engines by the wall
 clock. The report names the clock, and two clocks are never compared.
 
+A GPU keeps runs in a queue, so that launching one does not wait for the end of another. What it gets through in a
+second is therefore measured apart from how long one run takes.
+
 With the twins of `nxm build --twins` among the engines the report ends in a verdict: from which batch x sequence on 2:4
 pays on this GPU, if it does.
 """
@@ -15,13 +18,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from engines.base import Closing, Engine
+from engines.base import Closing, Engine, QueuedEngine
 from engines.sample_inputs import nearest_shape, require_shape, sample_feeds
 from nxm_export.contract.records.speedup import Speedup
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
@@ -30,8 +33,13 @@ from nxm_export.storage.json_files import read_record, to_json_object
 
 SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
+_UNLIKE = (
+    "the runs of one are launched as a CUDA graph, those of the other kernel by kernel, which takes longer whichever "
+    "kernels they are; a notice says why there is no graph"
+)
 WARMUP = 3  # runs of each engine, at least
 GPU_WARM_UP_S = 1.0  # an idle GPU raises its clocks over some tenths of a second
+QUEUE_MS, QUEUE_RUNS = 20.0, (4, 64)  # runs of about so long are queued, but no fewer and no more than these
 # ONNX Runtime's threads were seen to slow another runtime on two cores for 45 ms after their last run.
 SETTLE_S = 0.06
 # The median of fewer rounds has no 95 % interval: not even from the least of five ratios to the largest (94 %).
@@ -42,7 +50,11 @@ VOCABULARY = 1000  # token ids are drawn below; no encoder's embedding is smalle
 @dataclass(frozen=True)
 class Timing:
     """One engine at one shape; milliseconds. `quartiles` hold the middle half of the rounds, `p95` and `p99` what 95
-    and 99 % of them do not exceed; None in reports of older versions."""
+    and 99 % of them do not exceed; None in reports of older versions.
+
+    On a GPU `queued` is what a run takes among others in a queue, and `launches_graph` whether it is launched as one
+    CUDA graph.
+    """
 
     name: str
     batch: int
@@ -53,11 +65,13 @@ class Timing:
     clock: str = "wall clock"
     p95: float | None = None
     p99: float | None = None
+    queued: float | None = None
+    launches_graph: bool | None = None
 
     @property
     def samples_per_second(self) -> float:
-        """Rows a second at the median."""
-        return 1e3 * self.batch / self.median
+        """Rows a second at the median of runs one after another, which on a GPU are queued."""
+        return 1e3 * self.batch / (self.median if self.queued is None else self.queued)
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,8 @@ def bench(
     """Time `engines` at `shapes` (batch, sequence) with random token ids below `vocabulary` and no padding, or what
     `engines.sample_inputs` makes up.
 
-    The first engine is the reference of the ratios. Raises `EngineError` for no engines, shapes or rounds, and for
+    The first engine is the reference of the ratios. There is none of an engine whose runs are launched as a CUDA graph
+    to one whose kernels are launched one by one. Raises `EngineError` for no engines, shapes or rounds, and for
     shapes that an engine does not take.
     """
     if not engines or not shapes or rounds < 1:
@@ -110,20 +125,46 @@ def bench(
         raise EngineError("engines on the CPU and on the GPU are timed by different clocks; time them in two runs")
     timings: list[Timing] = []
     ratios: list[Speedup] = []
+    unmeasured: list[str] = []
     for batch, sequence in shapes:
-        timers: dict[str, Callable[[], float]] = {}
-        for name, engine in engines.items():
-            timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed))
+        feeds = {name: feeds_for(engine, batch, sequence, vocabulary, seed) for name, engine in engines.items()}
+        timers = {name: engine.timer(feeds[name]) for name, engine in engines.items()}
+        graphs = {name: _launches_graph(engine, feeds[name]) for name, engine in engines.items()}
         on_cpu = engines[names[0]].clock == Closing.clock
         taken = interleaved(timers, rounds, settle=on_cpu, warm_up_s=0.0 if on_cpu else GPU_WARM_UP_S)
+        medians = {name: float(np.median(times)) for name, times in taken.items()}
+        queued = _queued(engines, feeds, medians)
         for name in names:
-            low, middle, high, p95, p99 = map(float, np.percentile(taken[name], [25, 50, 75, 95, 99]))
-            clock = engines[name].clock
-            timings.append(Timing(name, batch, sequence, middle, (low, high), rounds, clock, p95, p99))
-            if name != names[0]:
-                speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
-                ratios.append(Speedup(name, names[0], batch, sequence, speedup, bounds))
-    return BenchReport(tuple(timings), tuple(ratios))
+            low, high, p95, p99 = map(float, np.percentile(taken[name], [25, 75, 95, 99]))
+            tail, clock = (p95, p99), engines[name].clock
+            timing = Timing(name, batch, sequence, medians[name], (low, high), rounds, clock, *tail, queued.get(name))
+            timings.append(replace(timing, launches_graph=graphs[name]))
+            if name == names[0]:
+                continue
+            if graphs[name] != graphs[names[0]]:
+                unmeasured.append(f"{name} against {names[0]} at {batch}x{sequence}: {_UNLIKE}")
+                continue
+            speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
+            ratios.append(Speedup(name, names[0], batch, sequence, speedup, bounds))
+    return BenchReport(tuple(timings), tuple(ratios), unmeasured=tuple(unmeasured))
+
+
+def _launches_graph(engine: Engine, feeds: Mapping[str, np.ndarray]) -> bool | None:
+    return engine.launches_graph(feeds) if isinstance(engine, QueuedEngine) else None
+
+
+def _queued(
+    engines: Mapping[str, Engine], feeds: Mapping[str, Mapping[str, np.ndarray]], medians: Mapping[str, float]
+) -> dict[str, float]:
+    """Milliseconds of a run in a queue of runs, of the engines that have one: the median of `LEAST_ROUNDS` queues."""
+    runs = {name: min(max(round(QUEUE_MS / ms), QUEUE_RUNS[0]), QUEUE_RUNS[1]) for name, ms in medians.items()}
+    timers = {
+        name: engine.queue_timer(feeds[name], runs[name])
+        for name, engine in engines.items()
+        if isinstance(engine, QueuedEngine)
+    }
+    taken = interleaved(timers, LEAST_ROUNDS)
+    return {name: float(np.median(times)) / runs[name] for name, times in taken.items()}
 
 
 def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: float | None, gpu: str) -> str:
@@ -135,7 +176,8 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
     """
     ratios = [ratio for ratio in report.ratios if ratio.name == sparse and ratio.reference == dense]
     if not ratios:
-        return "no verdict: the INT8 twins were not timed against each other"
+        why = next((f": {text}" for text in report.unmeasured if text.startswith(f"{sparse} against {dense} ")), "")
+        return f"no verdict: the INT8 twins were not timed against each other{why}"
     if not sparse_share:
         known = "no sparse kernel is proven to run" if sparse_share == 0 else "nothing was planned sparse"
         return f"do not use 2:4 here: {known} on {gpu}, so any difference between the twins is noise"

@@ -210,16 +210,28 @@ class CusparseltEngine(Closing):
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs `feeds`, already on the GPU, and returns the milliseconds between two CUDA events."""
+        return self.queue_timer(feeds, 1)
+
+    def queue_timer(self, feeds: Mapping[str, np.ndarray], runs: int) -> Callable[[], float]:
+        """See `engines.base.QueuedEngine`."""
         executor = self._open()
         self._require(feeds)
         with self._working():
             replay = executor.replayer(self._on_device(feeds))
 
-        def once() -> float:
-            with self._working():
-                return self._kernels.milliseconds(replay)
+        def queued() -> None:
+            for _ in range(runs):
+                replay()
 
-        return once
+        def timed() -> float:
+            with self._working():
+                return self._kernels.milliseconds(queued)
+
+        return timed
+
+    def launches_graph(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """See `engines.base.QueuedEngine`."""
+        return self._open().is_captured(feeds)
 
     def profiled(self, shape: tuple[int, int], sha256: str) -> ProfiledRun:
         """The kernels of a run at a shape (batch, sequence), of made-up inputs."""

@@ -21,6 +21,7 @@ from engines.cusparselt.program import PRODUCT, Known, Program, Step
 from nxm_export.errors import EngineError, notice
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 MOST_SHAPES = 24
@@ -98,7 +99,7 @@ class Executor:
         plan = self.plan(feeds)
         return plan.captured.replay if plan.captured is not None else lambda: self._eager(plan, feeds)
 
-    def is_captured(self, feeds: Mapping[str, Tensor]) -> bool:
+    def is_captured(self, feeds: Mapping[str, Tensor] | Mapping[str, np.ndarray]) -> bool:
         """Whether runs of this shape replay a CUDA graph."""
         plan = self._plans.get(_shape_of(feeds))
         return plan is not None and plan.captured is not None
@@ -239,7 +240,7 @@ class Executor:
         return tuple(left)
 
 
-def _shape_of(feeds: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+def _shape_of(feeds: Mapping[str, Tensor] | Mapping[str, np.ndarray]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(feeds[name].shape) for name in sorted(feeds))
 
 

@@ -104,12 +104,16 @@ class TensorRTEngine(Closing):
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs `feeds`, already on the device, and returns the milliseconds between two CUDA events."""
+        return self.queue_timer(feeds, 1)
+
+    def queue_timer(self, feeds: Mapping[str, np.ndarray], runs: int) -> Callable[[], float]:
+        """See `engines.base.QueuedEngine`."""
         require_feeds(self, feeds)
         device, context = self._prepared_to_time(feeds)
         start, end = device.event(), device.event()
-        shapes = {name: array.shape for name, array in feeds.items()}
+        shapes = _shapes_of(feeds)
 
-        def once() -> float:
+        def timed() -> float:
             nonlocal context
             if shapes != self._shapes:  # another shape has run since, whose time this would be
                 _, context = self._prepared_to_time(feeds)
@@ -117,11 +121,16 @@ class TensorRTEngine(Closing):
             device.activate()
             forget_errors()
             device.record(start)
-            self._enqueue(device, context)
+            for _ in range(runs):
+                self._enqueue(device, context)
             device.record(end)
             return device.elapsed_ms(start, end)
 
-        return once
+        return timed
+
+    def launches_graph(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        """See `engines.base.QueuedEngine`."""
+        return self._graph is not None and self._shapes == _shapes_of(feeds)
 
     def layer_times(self, feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, float]:
         """Mean milliseconds of every layer of the engine, over `rounds` runs of `feeds`."""
@@ -178,7 +187,7 @@ class TensorRTEngine(Closing):
         device.activate()
         forget_errors()
         context = self._context(*_batch_and_sequence(feeds[self.inputs[0]].shape))
-        shapes = {name: array.shape for name, array in feeds.items()}
+        shapes = _shapes_of(feeds)
         if shapes != self._shapes:
             self._rebind()
             self._bind(context, shapes)
@@ -280,6 +289,10 @@ class TensorRTEngine(Closing):
                 f"{self.file}: {name} is {kind}, which has no numpy type; export a graph with float32 outputs"
             )
         return _NUMPY[kind]
+
+
+def _shapes_of(feeds: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in feeds.items()}
 
 
 def _batch_and_sequence(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -203,7 +203,7 @@ def print_latency(report: BenchReport) -> None:
             if (timing.batch, timing.sequence) != (batch, sequence):
                 continue
             ratio = ratios.get((timing.name, batch, sequence))
-            speed = "reference"
+            speed = "reference" if timing.name == report.timings[0].name else "not compared"
             if ratio is not None:
                 speed = speed_text(medians[ratio.reference, batch, sequence] / timing.median, ratio.interval)
             tail = (timing.p95, timing.p99)
@@ -212,6 +212,10 @@ def print_latency(report: BenchReport) -> None:
         print_rows(("engine", "median", "p95", "p99", "sentences/s", "speed, 95 %"), rows)
         click.echo()
     click.echo(f"clock: {report.timings[0].clock}")
+    if any(timing.queued is not None for timing in report.timings):
+        click.echo("sentences/s: of runs in a queue, each launched before the last has ended")
+    if one_by_one := dict.fromkeys(timing.name for timing in report.timings if timing.launches_graph is False):
+        click.echo(f"launched kernel by kernel, not as a CUDA graph: {', '.join(one_by_one)}")
     if note := busy_note([timing.quartiles for timing in report.timings]):
         click.echo(note)
     for missing in report.unmeasured:

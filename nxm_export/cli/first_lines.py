@@ -83,7 +83,9 @@ def of_machine(machine: MachineReport) -> str:
 def of_bench(report: BenchReport) -> str:
     """How each engine compares with the first over all shapes: faster where every interval lies above 1."""
     if not report.ratios:
-        return f"{report.timings[0].name} alone was timed: there is nothing to compare it with."
+        if len({timing.name for timing in report.timings}) == 1:
+            return f"{report.timings[0].name} alone was timed: there is nothing to compare it with."
+        return f"No comparison: {'; '.join(report.unmeasured)}."
     if report.too_few_rounds is not None:
         return f"No comparison: {report.too_few_rounds}."
     sentences = []

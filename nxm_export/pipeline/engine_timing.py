@@ -78,7 +78,7 @@ def bench_engines(
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     measured = [passports[path] for path, name in zip(paths, _names(paths), strict=True) if name not in unmeasured]
     verdict = _verdict(report, twins, passports)
-    return replace(report, verdict=verdict, unmeasured=absent, machine=running_on(measured[0]))
+    return replace(report, verdict=verdict, unmeasured=(*absent, *report.unmeasured), machine=running_on(measured[0]))
 
 
 def _default_shapes(engines: Sequence[Path]) -> list[tuple[int, int]]:

@@ -192,6 +192,7 @@ def _latency(run: Run) -> PageTable:
             shape = f"{timing.batch}x{timing.sequence}"
             median = run.figure("latency_ms", f"{timing.name} {shape}", "median")
             ratio = speed.get((timing.name, timing.batch, timing.sequence))
+            first = timing.name == bench.content.timings[0].name
             low, high = (bench.figure("timings", number, "quartiles", side) for side in (0, 1))
             rows.append(
                 (
@@ -199,7 +200,7 @@ def _latency(run: Run) -> PageTable:
                     shape,
                     or_dash(median or bench.figure("timings", number, "median"), "milliseconds"),
                     pair(low, high, "milliseconds"),
-                    ratio.pieces if ratio else "reference",
+                    ratio.pieces if ratio else "reference" if first else "not compared",
                 )
             )
     return PageTable(

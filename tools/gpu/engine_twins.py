@@ -231,6 +231,7 @@ class Measuring:
         together = BenchReport(
             tuple(timing for each in reports for timing in each.timings),
             tuple(ratio for each in reports for ratio in each.ratios),
+            unmeasured=tuple(text for each in reports for text in each.unmeasured),
         )
         share = None if self.result.sparsity is None else self.result.sparsity.share
         verdict = sparse_verdict(together, SPARSE, DENSE, share, self.plan.machine.facts["gpu"])
@@ -320,8 +321,8 @@ def _table(result: Result) -> Iterator[str]:
     if loose := [name for name, held in result.captured.items() if not held]:
         yield f"in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
     if result.bench:
-        yield "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | Hugging Face |"
-        yield "|---|---:|---:|---:|---:|---:|---|"
+        yield "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | all queued | Hugging Face |"
+        yield "|---|---:|---:|---:|---:|---:|---|---|"
     for report in result.bench:
         yield _row(report, result)
     if result.choices:
@@ -340,13 +341,15 @@ def _table(result: Result) -> Iterator[str]:
 
 def _row(report: BenchReport, result: Result) -> str:
     times = {timing.name: timing.median for timing in report.timings}
-    ratio = next(ratio for ratio in report.ratios if ratio.name == SPARSE)
-    shape = f"{ratio.batch}x{ratio.sequence}"
-    low, high = ratio.interval
+    shape = f"{report.timings[0].batch}x{report.timings[0].sequence}"
+    ratio = next((ratio for ratio in report.ratios if ratio.name == SPARSE), None)
+    speed = "-" if ratio is None else f"{ratio.speedup:.2f} ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})"
     shown = [f"{times[name]:.4f}" for name in (FLOAT, DENSE, SPARSE)]
     theirs = ", ".join(f"{way} {ms:.4f}" for way, ms in (result.hugging_face or {}).get(shape, {}).items()) or "-"
     over = f"{times[FLOAT] / times[SPARSE]:.2f}"
-    return f"| {' | '.join([shape, *shown, f'{ratio.speedup:.2f} ({low:.2f} to {high:.2f})', over, theirs])} |"
+    by_name = {timing.name: timing.queued for timing in report.timings}
+    queued = ", ".join("-" if by_name[name] is None else f"{by_name[name]:.4f}" for name in (FLOAT, DENSE, SPARSE))
+    return f"| {' | '.join([shape, *shown, speed, over, queued, theirs])} |"
 
 
 @contextmanager

@@ -362,15 +362,14 @@ def _latency_cells(result: Result) -> Iterator[list[str]]:
     ratios = {(r.name, r.batch, r.sequence): r for r in result.bench.ratios}
     for batch, sequence in dict.fromkeys((t.batch, t.sequence) for t in result.bench.timings):
         fp16, dense, sparse = (times[name, batch, sequence] for name in (FP16, DENSE, SPARSE))
-        ratio = ratios[SPARSE, batch, sequence]
-        low, high = ratio.interval
+        ratio = ratios.get((SPARSE, batch, sequence))  # none where one of the twins has no CUDA graph
         yield [
             result.variant.name,
             f"{batch}x{sequence}",
             f"{fp16:.4f}",
             f"{dense:.4f}",
             f"{sparse:.4f}",
-            f"{ratio.speedup:.2f} ({low:.2f} to {high:.2f})",
+            "-" if ratio is None else f"{ratio.speedup:.2f} ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})",
             f"{fp16 / sparse:.2f}",
         ]
 

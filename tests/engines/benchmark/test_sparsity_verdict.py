@@ -31,6 +31,21 @@ class Steady:
         return lambda: self._told
 
 
+class Queue(Steady):
+    """An engine on a GPU: a run alone takes a millisecond longer than in a queue."""
+
+    def __init__(self, milliseconds: float, *, graph: bool = True) -> None:
+        super().__init__(milliseconds)
+        self._graph, self.queues = graph, list[int]()
+
+    def queue_timer(self, _: Mapping[str, np.ndarray], runs: int) -> Callable[[], float]:
+        self.queues.append(runs)
+        return lambda: runs * (self._told - 1.0)
+
+    def launches_graph(self, _: Mapping[str, np.ndarray]) -> bool:
+        return self._graph
+
+
 def verdict(speedups: Speedups, share: float | None = 0.5) -> str:
     ratios = tuple(
         Speedup("int8-sparse", "int8-dense", batch, sequence, speedup, (speedup - width, speedup + width))
@@ -126,6 +141,34 @@ def test_a_timing_has_the_percentiles_of_its_rounds_and_a_ratio_pairs_them(monke
     }
 
 
+@pytest.mark.parametrize(("told", "runs"), [(1.25, 16), (2.0, 10), (50.0, 4)])
+def test_an_engine_with_a_queue_has_the_time_of_a_run_in_it(told: float, runs: int) -> None:
+    engine = Queue(told)
+    (timing,) = bench({"a": cast(Engine, engine)}, [(8, 16)], rounds=6).timings
+    assert engine.queues == [runs]
+    assert (timing.median, timing.queued) == (told, told - 1.0)
+    assert timing.samples_per_second == 8e3 / (told - 1.0)
+    (alone,) = bench({"a": cast(Engine, Steady(told))}, [(8, 16)], rounds=6).timings
+    assert (alone.queued, alone.launches_graph, alone.samples_per_second) == (None, None, 8e3 / told)
+
+
+@pytest.mark.parametrize(("dense", "sparse"), [(True, False), (False, True), (True, True), (False, False)])
+def test_a_cuda_graph_is_not_held_against_kernels_that_are_launched_one_by_one(dense: bool, sparse: bool) -> None:
+    """Kernels that are no faster would look so."""
+    twins = {"int8-dense": Queue(4.0, graph=dense), "int8-sparse": Queue(2.0, graph=sparse)}
+    report = bench({name: cast(Engine, twin) for name, twin in twins.items()}, [(1, 8)], rounds=6)
+    assert [timing.launches_graph for timing in report.timings] == [dense, sparse]
+    said = sparse_verdict(report, "int8-sparse", "int8-dense", 0.5, "A100")
+    if dense == sparse:
+        assert said.startswith("2:4 pays")
+        assert not report.unmeasured
+    else:
+        assert not report.ratios
+        assert of_bench(report).startswith("No comparison: int8-sparse against int8-dense at 1x8: the runs of one")
+        assert said.startswith("no verdict: the INT8 twins were not timed against each other: ")
+        assert "int8-sparse against int8-dense at 1x8: the runs of one are launched as a CUDA graph" in said
+
+
 def test_nothing_is_timed_without_engines_shapes_rounds_or_one_clock() -> None:
     engines, other = {"a": cast(Engine, Steady(1.0))}, cast(Engine, Steady(1.0))
     for given, shapes, rounds in (({}, [(1, 8)], 6), (engines, [], 6), (engines, [(1, 8)], 0)):
@@ -152,8 +195,10 @@ def test_a_warm_up_lasts_as_long_as_is_asked_for(monkeypatch: pytest.MonkeyPatch
 def test_engines_on_a_gpu_are_warmed_up_until_its_clocks_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def taken(timers: Mapping[str, object], rounds: int, *, settle: bool, warm_up_s: float) -> dict[str, list[float]]:
-        asked.append(warm_up_s)
+    def taken(
+        timers: Mapping[str, object], rounds: int, *, settle: bool = False, warm_up_s: float = -1.0
+    ) -> dict[str, list[float]]:
+        asked.extend([warm_up_s] if timers else [])
         return {name: [1.0] * rounds for name in timers}
 
     monkeypatch.setattr("engines.benchmark.latency.interleaved", taken)

@@ -16,6 +16,7 @@ import pytest
 from engines.base import BuildOptions, LoadOptions, backend
 from engines.cusparselt import backend as cusparselt
 from engines.cusparselt.backend import CusparseltEngine, build_on, load_on, profile_on
+from engines.cusparselt.executor import Executor
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.profiling import KERNELS_FILE, KernelRun, ProfiledRun, read_profile, save_profile
 from engines.cusparselt.stand_in import IntegerReferenceKernels
@@ -116,6 +117,23 @@ def test_a_closed_engine_says_so(directory: Path) -> None:
         assert engine.timer(baked.feeds("bert", 1, 3))() > 0
     with pytest.raises(EngineError, match="was closed"):
         engine.run(baked.feeds("bert", 1, 3))
+
+
+def test_a_queue_of_runs_is_timed_as_a_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds, replays = baked.feeds("bert", 1, 3), list[int]()
+    monkeypatch.setattr(Executor, "replayer", lambda *_: lambda: replays.append(1))
+    with load_on(machine(), directory) as engine:
+        engine.queue_timer(feeds, 5)()
+        assert len(replays) == 5
+        engine.timer(feeds)()
+    assert len(replays) == 6
+
+
+def test_it_says_whether_a_shape_is_launched_as_a_graph(directory: Path) -> None:
+    with load_on(machine(), directory) as engine:
+        engine.timer(baked.feeds("bert", 1, 3))
+        assert engine.launches_graph(baked.feeds("bert", 1, 3))
+        assert not engine.launches_graph(baked.feeds("bert", 1, 4))
 
 
 def test_it_works_when_copied_alone(directory: Path, tmp_path: Path) -> None:

@@ -201,8 +201,10 @@ with trt.load(sys.argv[1]) as engine:
         for feeds in inputs:
             graphs.append(engine._graph is not None)
             together.append(engine.run(feeds)["logits"])
-        time = engine.timer(inputs[0])
-        assert time() > 0 and time() > 0
+        time, queue = engine.timer(inputs[0]), engine.queue_timer(inputs[0], 3)
+        assert time() > 0 and time() > 0 and queue() > 0
+        assert engine.launches_graph(inputs[0]) == (engine._graph is not None)
+        assert not engine.launches_graph(feeds_for(engine.inputs, 1, 8)), "of other shapes"
     assert np.array_equal(alone, together) and len({tuple(a.flatten()) for a in alone}) == len(alone)
     print(graphs, len(said), *(str(one.message) for one in said))
     engine.run(feeds_for(engine.inputs, 1, 8))
@@ -379,7 +381,8 @@ def test_twins_are_built_timed_and_judged(driver: Path, checkpoint: Path, tmp_pa
         nxm(env, "bench", tmp_path / "twins", "--shape", "1x8", "--shape", "4x32", "--rounds", "6", "--json")
     )
     assert {timing["name"] for timing in report["timings"]} == {"int8-dense", "int8-sparse", "fp16"}
-    assert {timing["clock"] for timing in report["timings"]} == {"CUDA events"}
+    assert {(timing["clock"], timing["launches_graph"]) for timing in report["timings"]} == {("CUDA events", True)}
+    assert all(timing["queued"] > 0 for timing in report["timings"])
     assert report["verdict"].startswith(("2:4 pays from batch x sequence >= ", "do not use 2:4 here: "))
     facts = json.loads(nxm(env, "inspect", tmp_path / "twins", "--measure", "--json"))
     saved = [weight["saved_ms"] for weight in facts["weights"] if weight["planned_sparse"]]

@@ -175,6 +175,24 @@ def test_latency_names_the_clock_and_what_was_not_measured(capsys: Capture) -> N
     ]
 
 
+def test_latency_of_queues_and_of_launches_is_named(capsys: Capture) -> None:
+    timings = tuple(
+        replace(Timing(name, 8, 32, 2.0, (1.9, 2.1), 6, "CUDA events", 2.0, 2.0, 1.6), launches_graph=graph)
+        for name, graph in (("a", True), ("b", False))
+    )
+    print_latency(BenchReport(timings, (), unmeasured=("b against a at 8x32: unlike",)))
+    printed = lines(capsys)
+    assert printed[0] == "No comparison: b against a at 8x32: unlike."
+    assert "a 2 2 2 5000 reference" in printed
+    assert "b 2 2 2 5000 not compared" in printed
+    assert printed[-4:] == [
+        "clock: CUDA events",
+        "sentences/s: of runs in a queue, each launched before the last has ended",
+        "launched kernel by kernel, not as a CUDA graph: b",
+        "not measured: b against a at 8x32: unlike",
+    ]
+
+
 # Milliseconds of 20 rounds of two engines at 8x48 and 32x48 tokens, one thread, as `engines.benchmark.latency` took
 # them on two cores: with priority over all other work, and beside 14 other processes.
 RECORDED = {

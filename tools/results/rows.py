@@ -94,6 +94,7 @@ CHANGES = {  # by what a row's name ends in
     "layers": Change("distilled alone, layers ten times as much", losses={"task": 0.0, "hidden": 10.0}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
+    "one-epoch": Change("one epoch", {"epochs": 1.0}),
     "untrained": Change("not trained", {"steps": 0}),
     "thorough": Change("searched with 256 sentences, judged on 256", search={"samples": 256, "held_out": 256}),
     "judged-by-64": Change("64 sentences judge the search", search={"held_out": 64}),

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +88,11 @@ class TaskSection:
 
 
 # What docs/comparison.md compares: starts after training, with the last weights or their average, at a stronger
-# pattern, and without training; and plans that were searched for, by the default and as before it.
+# pattern, after little training, and without any; and plans that were searched for, by the default and as before it.
 STARTS = ("admm-2:4+W4", "obs-refit-2:4+W4", "obs-2:4+W4", "magnitude-2:4+W4")
 AVERAGED = tuple(f"{row}-averaged" for row in STARTS)
 STRONGER = tuple(row.replace("2:4", "1:4") for row in AVERAGED)
+SHORT = tuple(f"{row}-one-epoch-averaged" for row in STARTS)
 UNTRAINED = tuple(f"{row}-untrained" for row in STARTS)
 SEARCHED = (
     "searched-hw-87.5-by-admm-judged-by-64-averaged",
@@ -316,8 +317,9 @@ def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
         ("Without those that defaults were chosen on (seed 0 of CoLA and of rotten tomatoes)", CHOSEN_ON),
     ):
         pool = Pool(tasks, without)
-        pairs = [pair for rows in (AVERAGED, STARTS, STRONGER, UNTRAINED, SEARCHED) for pair in combinations(rows, 2)]
-        pairs += zip(AVERAGED, STARTS, strict=True)
+        groups = (AVERAGED, STARTS, STRONGER, SHORT, UNTRAINED, SEARCHED)
+        pairs = [pair for rows in groups for pair in combinations(rows, 2)]
+        pairs += [*zip(AVERAGED, STARTS, strict=True), *product(SHORT, AVERAGED)]
         compared = [pool.compare(row, other) for row, other in pairs]
         differences = [_compared(comparison) for comparison in compared if comparison is not None]
         if differences:
@@ -326,7 +328,7 @@ def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
 
 
 def _retentions(pool: Pool) -> Iterable[list[str]]:
-    for row in (*AVERAGED, *STARTS, *STRONGER, *UNTRAINED, *SEARCHED):
+    for row in (*AVERAGED, *STARTS, *STRONGER, *SHORT, *UNTRAINED, *SEARCHED):
         retention = pool.retention(row)
         if retention is not None:
             below = {-1: "yes", 1: "no", 0: "undecided"}[retention.side(MARGIN)]

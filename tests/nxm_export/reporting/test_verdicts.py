@@ -12,6 +12,7 @@ from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import DenseMetrics
 from nxm_export.contract.records.run_summary import ChosenEngine, OneClass, RunSummary
 from nxm_export.reporting.figures import Figure, RunFile
+from nxm_export.reporting.page import _latency
 from nxm_export.reporting.run_facts import EngineEntry, Run
 from nxm_export.reporting.verdicts import (
     compressed_value,
@@ -108,6 +109,13 @@ def test_speed_is_of_the_machine_that_timed_and_not_of_the_one_that_built(
     run = Run(root=Path("run"), stages={}, summary=source, engines=(engine,), benches=benches)
     (speed,) = (verdict for verdict in verdicts(run) if verdict.key == "speed")
     assert speed.note.endswith(said)
+
+
+def test_an_engine_that_was_not_compared_is_not_called_the_reference() -> None:
+    timings = tuple(Timing(name, 1, 32, 1.0, (0.9, 1.1), 9) for name in ("int8-dense", "int8-sparse"))
+    report = BenchReport(timings, (), unmeasured=("int8-sparse against int8-dense at 1x32: unlike",))
+    run = Run(root=Path("run"), stages={}, benches=(RunFile("bench/latency.json", report, report.to_dict()),))
+    assert [row[-1] for row in _latency(run).rows] == ["reference", "not compared"]
 
 
 def rows_of(run: Run, key: str) -> dict[str, str]:

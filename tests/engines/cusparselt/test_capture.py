@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -59,8 +61,48 @@ def test_the_probe_times_by_graphs_again_after_one_that_failed(
     assert [problem.at for problem in problems] == ["graph of cusparselt"]
 
 
-def test_a_call_that_no_graph_holds_is_timed_all_the_same_and_says_so(cuda: FakeCapture) -> None:
+def test_a_call_that_no_graph_holds_is_timed_all_the_same_and_says_so(
+    cuda: FakeCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.cusparselt.kernels.WARM_UP_S", 0.0)
     kernels = CudaKernels()
-    assert kernels.microseconds(lambda: torch.ones(1)) == Taken(125.0, in_graph=True)  # a millisecond for 8 calls
+    assert kernels.microseconds([lambda: torch.ones(1)]) == [Taken(125.0, in_graph=True)]  # a millisecond for 8 calls
     cuda.fails = True
-    assert kernels.microseconds(lambda: torch.ones(1)) == Taken(125.0, in_graph=False)
+    assert kernels.microseconds([lambda: torch.ones(1)]) == [Taken(125.0, in_graph=False)]
+
+
+def test_what_is_timed_first_on_an_idle_gpu_is_not_slower_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that takes four times as long at first, and slowly gets slower later: neither favours any call."""
+    clock = SteppedClock()
+    monkeypatch.setattr("engines.cusparselt.kernels.time", clock)
+    kernels = CudaKernels()
+    monkeypatch.setattr(kernels, "capture", lambda call: (call, {}))
+    monkeypatch.setattr(kernels, "milliseconds", clock.milliseconds)
+    first, second, faster = kernels.microseconds(
+        [lambda: clock.work(1.0), lambda: clock.work(1.0), lambda: clock.work(0.9)]
+    )
+    assert first.microseconds == pytest.approx(second.microseconds, rel=0.02)
+    assert faster.microseconds < min(first.microseconds, second.microseconds) * 0.95
+
+
+class SteppedClock:
+    """The time of a GPU whose clocks rise after 200 ms of work and then fall slowly, and of the host beside it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def work(self, milliseconds: float) -> torch.Tensor:
+        """Work that takes so long at full clocks."""
+        slower = 4.0 if self.now < 0.2 else 1.0 + 0.1 * (self.now - 0.2)
+        self.now += milliseconds * slower / 1e3
+        return torch.ones(1)
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        """What a run took."""
+        began = self.now
+        run()
+        return 1e3 * (self.now - began)

@@ -27,10 +27,14 @@ from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.sparsity.build_evidence import LayerInfo
 from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import read_record
+from tests.engines.cusparselt.fake_capture import FakeCapture
 from tests.support import tiny
 from tools import ROOT
 from tools.gpu import engine_twins, glue_rows, issue4694, training_probe
 from tools.gpu.cusparselt import __main__ as cusparselt
+from tools.gpu.cusparselt import gemms
+from tools.gpu.cusparselt.gemms import Gemm
+from tools.gpu.cusparselt.timing import Timer
 from tools.gpu.tensorrt86 import LIBRARIES, VERSION, pack, unpack
 from tools.gpu.tensorrt86.manifest import Manifest
 from tools.results import run, tasks
@@ -117,6 +121,10 @@ def test_products_and_a_layer_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     assert layer["errors"]["int8 2:4, int32 against int8"] == 0
     assert layer["errors"]["int8 against fp16"] < 0.05
     assert "tiny ffn-up 128 512 128: " in child.stdout
+    page = (file.parent / "stand-in-products.md").read_text(encoding="utf-8")
+    assert "A rehearsal on the CPU: nothing of this is about a GPU." in page
+    assert f"| command | `python3 -m tools.gpu.cusparselt {' '.join(options)}` |" in page
+    assert "| tiny qkv | 128x384 | 128 | no verdict: at M 128 " in page, "the host's clock says nothing of a device"
 
 
 def test_the_budget_ends_the_measuring_and_what_was_not_reached_is_listed(
@@ -131,6 +139,75 @@ def test_the_most_telling_products_come_first() -> None:
     names = [str(job) for job in cusparselt.jobs(["bert-base", "minilm"], [4096, 128, 1024])]
     assert names[:5] == [f"bert-base {name} 4096" for name in ("ffn-up", "ffn-down", "qkv", "proj", "layer")]
     assert names.index("minilm layer 4096") < names.index("bert-base ffn-up 1024")
+
+
+def gemm(m: int, dense: float, sparse: float, **facts: Any) -> Gemm:
+    """A product that a GPU timed by CUDA graphs, right in every form."""
+    ways = {gemms.INT8: dense, gemms.SPARSE: sparse, gemms.FP16: 2 * dense, gemms.SPARSE_F16: sparse / 2}
+    given: dict[str, Any] = {
+        "microseconds": ways,
+        "timed_by": dict.fromkeys(ways, "graph"),
+        "deviations": {gemms.SPARSE: 0.0, gemms.SPARSE_F16: 2e-4, "int_mm against float64": 0.0},
+    }
+    return Gemm("bert", "qkv", m, 96, 32, **(given | facts))
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ([gemm(128, 10, 5), gemm(4096, 10, 8)], "from M = 128 on"),
+        ([gemm(128, 10, 12), gemm(1024, 10, 8), gemm(4096, 10, 8)], "from M = 1024 on"),
+        ([gemm(128, 10, 5), gemm(4096, 10, 9.8)], "no: not at M = 4096"),  # 2 % are no gain
+        ([gemm(128, 10, 5), gemm(4096, 10, float("nan"))], "no: not at M = 4096"),
+        ([gemm(128, 10, 5), gemm(4096, 10, 5, microseconds={gemms.INT8: 10.0})], "no verdict: at M 4096 "),
+        ([gemm(128, 10, 5, deviations={gemms.SPARSE: 1.0, "int_mm against float64": 0.0})], "no verdict: at M 128 "),
+        ([gemm(128, 10, 5, deviations={gemms.SPARSE: 0.0, "int_mm against float64": 3.0})], "no verdict: at M 128 "),
+        ([gemm(128, 10, 5, deviations={})], "no verdict: at M 128 "),
+        ([gemm(128, 10, 5, timed_by={gemms.INT8: "eager", gemms.SPARSE: "graph"})], "no verdict: at M 128 "),
+        ([gemm(128, 10, 5, timed_by=dict.fromkeys((gemms.INT8, gemms.SPARSE), "eager"))], "no verdict: at M 128 "),
+    ],
+)
+def test_two_four_pays_from_the_rows_on_where_it_is_faster_at_all_that_were_measured(
+    measured: list[Gemm], said: str
+) -> None:
+    (row,) = gemms.verdict_rows(list(reversed(measured)))
+    assert row[:3] == ["bert qkv", "32x96", ", ".join(str(each.m) for each in measured)]
+    assert row[3].startswith(said)
+
+
+def test_a_gain_is_told_beside_the_one_over_floats_and_the_one_with_scale_and_bias_inside() -> None:
+    assert gemms.verdict_rows([gemm(128, 10, 12), gemm(1024, 10, 8)])[0][4:] == ["1.25x at 1024", "2.50x", "2.50x"]
+    wrong = gemm(128, 10, 8, deviations={gemms.SPARSE: 0.0, gemms.SPARSE_F16: 0.5, "int_mm against float64": 0.0})
+    assert gemms.verdict_rows([wrong])[0][4:] == ["1.25x at 128", "2.50x", "-"]
+
+
+def test_a_gpu_that_was_idle_is_warmed_up_before_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling a way takes seconds, in which clocks fall: the next time would be of a slow GPU."""
+    cuda = FakeCapture(monkeypatch)
+    clock = FakeClock()
+    monkeypatch.setattr("tools.gpu.cusparselt.timing.time", clock)
+    timer, calls = Timer("cuda", 2, 3, []), []
+    timer.time("cublas", [lambda: calls.append(clock.pass_by(0.01))])
+    first = len(calls)
+    timer.time("cublas", [lambda: calls.append(clock.pass_by(0.01))])
+    second = len(calls) - first
+    clock.pass_by(5.0)
+    timer.time("cublas", [lambda: calls.append(clock.pass_by(0.01))])
+    assert len(calls) - first - second == first == second + 30  # 0.3 s of calls of 10 ms
+    assert cuda.stream == cuda.OWN
+
+
+class FakeClock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
 
 
 # The engine's twins

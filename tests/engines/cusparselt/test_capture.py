@@ -31,6 +31,17 @@ def test_after_a_capture_that_failed_the_next_one_succeeds_on_the_callers_stream
     assert kernels.capture(made) is not None
 
 
+def test_other_threads_may_work_on_the_gpu_while_one_captures(cuda: FakeCapture) -> None:
+    """A server's other engine allocates meanwhile: torch's default mode would fail both."""
+    import inspect
+
+    import torch.cuda.graphs
+
+    CudaKernels().capture(made)
+    assert cuda.modes == ["thread_local"]
+    assert "capture_error_mode" in inspect.signature(torch.cuda.graphs.graph).parameters
+
+
 def test_a_call_that_raises_while_it_is_captured_leaves_nothing_behind(cuda: FakeCapture) -> None:
     calls: list[str] = []
 

@@ -23,18 +23,20 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.sparsity.build_evidence import LayerInfo
 from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
+from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import read_record
 from tests.engines.cusparselt.fake_capture import FakeCapture
 from tests.engines.cusparselt.machines import SPARSE_KERNEL
 from tests.support import tiny
 from tools import ROOT
-from tools.gpu import engine_twins, glue_rows, issue4694, training_probe
+from tools.gpu import checkpoints, engine_twins, glue_rows, issue4694, training_probe, transfers
 from tools.gpu.cusparselt import __main__ as cusparselt
 from tools.gpu.cusparselt import gemms
 from tools.gpu.cusparselt.gemms import Gemm
@@ -49,6 +51,7 @@ COMMANDS = (
     "sparse_kernels",
     "training_probe",
     "glue_rows",
+    "checkpoints",
     "issue4694",
     "cusparselt.__main__",
     "engine_twins",
@@ -343,7 +346,7 @@ def test_hugging_face_is_timed_on_a_gpu_that_is_warm_and_once_for_a_model(
         for step in ("_build", "_inspect", "_bench"):
             monkeypatch.setattr(measuring, step, lambda *_: None)
         monkeypatch.setattr(engine_twins, "read_config", lambda _: {"max_position_embeddings": 64, "vocab_size": 9})
-        monkeypatch.setattr(engine_twins.backend, "load", lambda _: nullcontext())
+        monkeypatch.setattr("engines.cusparselt.backend.load", lambda _: nullcontext())
         monkeypatch.setattr(engine_twins, "parity", lambda *_: {})
         measuring._measure()
         assert calls == ["fp16", "compiled"][:times]
@@ -445,6 +448,79 @@ def test_equal_checkpoints_are_alike_and_others_are_not(tmp_path: Path) -> None:
     assert other == training_probe.Alike(equal_masks=0.5, equal_weights=0.5, largest_difference=1.0)
 
 
+def test_a_run_that_is_too_large_or_lacks_something_is_not_packed(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tiny_checkpoint("bert").parent
+    assert training_probe.main(["pack", str(run), "--data", str(tmp_path), "--out", str(tmp_path / "data")]) == 1
+    assert "train.tsv is not there; give a finished run" in capsys.readouterr().err
+    monkeypatch.setattr(transfers, "PART_MIB", 0)
+    assert training_probe.main(["pack", str(run), "--data", str(run), "--out", str(tmp_path / "data")]) == 1
+    assert "travel at a time; pack a run of a smaller model" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+# What travels
+
+
+def test_the_tree_fits_into_the_room_that_pieces_leave_for_it() -> None:
+    """A transfer with the largest piece would be refused on first contact."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
+    files = [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+    if not files:
+        pytest.skip("this tree has no history here")
+    assert sum(file.stat().st_size for file in files) / 2**20 < transfers.TREE_MIB - 0.5, "half a MiB is for wheels"
+    assert pack.CHUNK_BYTES == transfers.PART_MIB << 20
+
+
+def test_trained_checkpoints_travel_in_pieces_and_are_the_same_there(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"one": tiny_checkpoint("bert"), "two": tiny_checkpoint("mpnet")}
+    for name, checkpoint in source.items():
+        shutil.copytree(checkpoint, tmp_path / name / "checkpoint")
+    folder, place = tmp_path / "carried", tmp_path / "there"
+    manifest = checkpoints.pack([tmp_path / name / "checkpoint" for name in source], folder, part_bytes=40_000)
+    parts = sorted(folder.glob("c*"))
+    assert len(parts) > 2
+    sizes = [sum(file.stat().st_size for file in part.iterdir()) for part in parts]
+    assert set(sizes[:-1]) == {40_000}
+    assert [carried.name for carried in manifest.checkpoints] == list(source)
+    unpacking = ["unpack", "--folder", str(folder), "--out", str(place)]
+    late = parts[-1].rename(tmp_path / "late")
+    assert checkpoints.main(unpacking) == 2
+    assert f"missing: {parts[-1].name}/two" in capsys.readouterr().out
+    assert [entry.name for entry in place.iterdir()] == ["one"]
+    late.rename(parts[-1])
+    assert checkpoints.main(unpacking) == 0
+    for name, checkpoint in source.items():
+        ours, theirs = (load_file(path / "model.safetensors") for path in (checkpoint, place / name))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_pieces_that_are_damaged_or_of_two_checkpoints_of_one_name_are_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, folder = tiny_checkpoint("bert"), tmp_path / "carried"
+    with pytest.raises(ArtifactError, match="two checkpoints are named"):
+        checkpoints.pack([checkpoint, checkpoint], folder)
+    assert not folder.exists()
+    checkpoints.pack([checkpoint], folder)
+    (piece,) = folder.glob("c01/*")
+    data = bytearray(piece.read_bytes())
+    data[len(data) // 2] ^= 1
+    piece.write_bytes(data)
+    assert checkpoints.main(["unpack", "--folder", str(folder), "--out", str(tmp_path / "there")]) == 1
+    assert "is not what was packed; send its pieces again" in capsys.readouterr().err
+    assert not [*(tmp_path / "there").iterdir()]
+    assert checkpoints.main(["unpack", "--folder", str(tmp_path), "--out", str(tmp_path / "there")]) == 1
+
+
 # Rows of results
 
 
@@ -504,7 +580,7 @@ def test_rows_that_do_not_fit_into_a_transfer_and_unknown_tasks_are_refused(
     assert "give NAME, or NAME:RATE:EPOCHS" in capsys.readouterr().err
     tiny.write_model("bert", tmp_path / "encoder")
     tiny.write_data(tmp_path / "CoLA")
-    monkeypatch.setattr(glue_rows, "MOST_MIB", 0)
+    monkeypatch.setattr(transfers, "PART_MIB", 0)
     options = ["--data", str(tmp_path), "--model", str(tmp_path / "encoder"), "--tasks", "cola"]
     assert glue_rows.main(["pack", *options, "--out", str(tmp_path / "packed")]) == 1
     assert "travel at a time; give fewer --tasks" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from nxm_export.storage.atomic import atomic_dir, make_directory
 from nxm_export.storage.json_files import encode, read_record
 from tools import provenance
 from tools.gpu.half_precision import as_float, as_half
+from tools.gpu.transfers import require_fits
 from tools.results import tasks
 from tools.results.rows import rows_named
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from tools.results.store import TaskStore
 
 SCHEMA, PLAN_FILE, ARCHIVE = "nxm-gpu-rows/1", "rows.json", "rows.tar.gz"
-MOST_MIB = 62  # of a transfer of 64, with room for the tree itself
 ROWS = "dense,admm-2:4+W4-averaged,obs-refit-2:4+W4-averaged,obs-2:4+W4-averaged"
 # What docs/comparison.md says that dense models train with; others are named as NAME:RATE:EPOCHS.
 DENSE = {"mrpc": (1e-4, 3.0), "cola": (1e-4, 6.0), "rotten_tomatoes": (5e-5, 3.0)}
@@ -107,9 +107,7 @@ def pack(model: Path, data: Path | None, plan: RowsPlan, out: Path) -> Path:
             source = data / FOLDERS[kind.name] if kind.glue and data is not None else None
             tasks.prepare(kind, source, scratch / "data" / task.name)
         (scratch / PLAN_FILE).write_text(encode(plan, SCHEMA), encoding="utf-8")
-        mib = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) / 2**20
-        if mib > MOST_MIB:
-            raise DataError(f"{out} would have {mib:.0f} MiB, and {MOST_MIB} travel at a time; give fewer --tasks")
+        mib = require_fits(scratch, out, "give fewer --tasks")
     print(f"{out}: {mib:.1f} MiB, {len(plan.seeds) * len(plan.tasks)} units of {plan.rows}")
     return out
 

@@ -25,9 +25,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
+from nxm_export.errors import DataError, NxmError
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.json_files import convert, to_json_object
 from tools.gpu.half_precision import WEIGHTS, as_float, as_half
+from tools.gpu.transfers import require_fits
 
 DATA = ("train.tsv", "dev.tsv")
 
@@ -271,11 +273,18 @@ def alike(ours: Path, theirs: Path) -> Alike:
 
 
 def pack(run: Path, data: Path, out: Path) -> Path:
-    """A directory that fits into a transfer: a finished run's dense model, as FP16, and its data."""
+    """A directory that fits into a transfer: a finished run's dense model, as FP16, and its data.
+
+    Raises `DataError` where it does not fit, or where the run lacks any of it.
+    """
+    for file in (*(data / name for name in DATA), run / "dense" / WEIGHTS):
+        if not file.is_file():
+            raise DataError(f"{file} is not there; give a finished run, and --data with {' and '.join(DATA)}")
     with atomic_dir(out, replace_any=True) as scratch:
         for name in DATA:
             shutil.copy(data / name, scratch / name)
         as_half(run / "dense", scratch / "dense")
+        require_fits(scratch, out, "pack a run of a smaller model, or with --data that has fewer rows")
     return out
 
 
@@ -313,7 +322,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running.add_argument("--cpu-only", action="store_true", help="rehearse without a GPU")
     options = parser.parse_args(arguments)
     if options.command == "pack":
-        print(pack(options.run, options.data or options.run / "data", options.out))
+        try:
+            print(pack(options.run, options.data or options.run / "data", options.out))
+        except NxmError as error:
+            print(f"tools.gpu.training_probe: {error}", file=sys.stderr)
+            return 1
         return 0
     import torch
 

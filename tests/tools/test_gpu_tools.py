@@ -31,6 +31,7 @@ from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.sparsity.build_evidence import LayerInfo
 from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.errors import ArtifactError
+from nxm_export.pipeline.sparsity_twins import TWINS
 from nxm_export.storage.json_files import read_record
 from tests.engines.cusparselt.fake_capture import FakeCapture
 from tests.engines.cusparselt.machines import SPARSE_KERNEL
@@ -238,7 +239,9 @@ def test_the_first_models_come_first_then_trained_checkpoints() -> None:
 def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--rehearse", "--models", "", "--checkpoint", str(tiny_checkpoint("bert")), "--rounds", "2"]
+    checkpoint = tiny_checkpoint("bert")
+    arguments = ["--rehearse", "--models", "", "--checkpoint", str(checkpoint), "--rounds", "2"]
+    arguments += ["--data", str(checkpoint.parent / "dev.tsv")]
     arguments += ["--shapes", "2x8,1x4,1x512", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert engine_twins.main(arguments) == 0
     shown = capsys.readouterr().out
@@ -256,6 +259,9 @@ def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
     assert [report.timings[0].batch for report in result.bench] == [2, 1]  # 512 is more than the model takes
     assert result.parity is not None
     assert {name: entry.passed for name, entry in result.parity.items()} == {"int8-sparse": True, "int8-dense": True}
+    assert result.compared is not None
+    assert [Path(report.engine).name for report in result.compared.reports if report.passed] == [*TWINS]
+    assert "int8-sparse passed; accuracy " in shown
     assert result.sparsity is not None
     assert result.sparsity.chosen == 0
     assert set(result.profiles) == {"2x8", "1x4"}
@@ -272,7 +278,13 @@ def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
 
 @pytest.mark.parametrize(
     ("given", "measured"),
-    [({}, False), ({"shapes": ((8, 8),)}, True), ({"rounds": 9}, True), ({"compiled": 2}, True)],
+    [
+        ({}, False),
+        ({"shapes": ((8, 8),)}, True),
+        ({"rounds": 9}, True),
+        ({"compiled": 2}, True),
+        ({"data": "dev.tsv"}, False),
+    ],
 )
 def test_twins_that_were_measured_otherwise_are_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], measured: bool
@@ -431,6 +443,19 @@ def test_training_is_rehearsed_on_the_cpu(tiny_checkpoint: Callable[..., Path], 
     assert outcome["error"] is None
     assert outcome["metrics"]["steps"] == 2
     assert outcome["phases"]
+    page = (tmp_path / "out" / "stand-in-training.md").read_text(encoding="utf-8")
+    assert "nothing of this is about a GPU" in page
+    assert f"| obs-cpu | {outcome['seconds']} |" in page
+
+
+def test_the_page_has_what_failed_and_where_steps_wait() -> None:
+    failed = training_probe.Outcome(error="RuntimeError: a | b\nmore", peak_mib=12.0)
+    alike = {"obs": training_probe.Alike(1.0, 0.5, 0.25)}
+    report = training_probe.Report(runs={"nxm": failed}, alike=alike, waits={"trainer.py:9 x.item()": 3})
+    table, masks, waits = training_probe.sections(report)
+    assert table.splitlines()[-1] == "| nxm | None | - | 12.0 | - | RuntimeError: a \\| b more |"
+    assert "- obs: 100.0000% of masks and 50.0000% of weights are the CPU's, largest difference 0.25" in masks
+    assert "- 3 times at trainer.py:9 x.item()" in waits
 
 
 def test_equal_checkpoints_are_alike_and_others_are_not(tmp_path: Path) -> None:

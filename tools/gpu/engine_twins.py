@@ -38,6 +38,7 @@ from engines.cusparselt.profiling import ProfiledRun, read_profile
 from engines.cusparselt.program import Choice
 from engines.cusparselt.report import times
 from engines.cusparselt.stand_in import IntegerReferenceKernels
+from engines.parity.reports import Comparison, ParityReport
 from engines.passport import load_passport
 from engines.sparsity.kernel_names import kernel_named
 from nxm_export.contract.checkpoint import read_config, task_at
@@ -46,6 +47,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.protocols import HasAttention
+from nxm_export.pipeline.engine_comparison import compare_engines
 from nxm_export.pipeline.engine_sparsity import measure_layers
 from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
@@ -91,13 +93,15 @@ class Asked:
     shapes: tuple[tuple[int, int], ...]
     rounds: int
     compiled: int
+    data: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """What a subject came to; written after every measurement. `hugging_face` are milliseconds by shape: of the model
     as it is (``fp16``), and compiled. `profiles` are of the sparse engine, by shape. `captured` says which engines ran
-    as a CUDA graph. `complete` says that nothing of what was `asked` is left to do."""
+    as a CUDA graph. `parity` is on random tokens, `compared` on labelled data. `complete` says that nothing of what was
+    `asked` is left to do."""
 
     subject: Subject
     machine: Mapping[str, str]
@@ -109,6 +113,7 @@ class Result:
     captured: Mapping[str, bool] = field(default_factory=dict)
     bench: tuple[BenchReport, ...] = ()
     parity: Mapping[str, Parity] | None = None
+    compared: Comparison | None = None
     hugging_face: Mapping[str, Mapping[str, float]] | None = None
     verdict: str | None = None
     error: str | None = None
@@ -121,7 +126,7 @@ class Result:
 @dataclass(frozen=True)
 class Plan:
     """How subjects are measured, and until when (`time.monotonic`); Hugging Face's model is compiled at as many shapes
-    as `compiled`, the first ones."""
+    as `compiled`, the first ones; checkpoints that are given are compared on `data`."""
 
     shapes: tuple[tuple[int, int], ...]
     rounds: int
@@ -130,6 +135,7 @@ class Plan:
     until: float
     compiled: int
     machine: Machine
+    data: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -151,7 +157,8 @@ class Measuring:
         self.plan, self.subject = plan, subject
         self.file = plan.out / f"{subject.name}.json"
         self.work = plan.work / subject.name
-        asked = Asked(plan.shapes, plan.rounds, plan.compiled)
+        self.data = plan.data if subject.checkpoint is not None else None
+        asked = Asked(plan.shapes, plan.rounds, plan.compiled, self.data)
         self.result = Result(subject, plan.machine.facts, plan.machine.kernels.kind, {}, asked=asked)
 
     def run(self) -> Result:
@@ -195,6 +202,9 @@ class Measuring:
         else:
             longest = max(sequence for _, sequence in shapes)
             self._add(parity=self._timed("parity", lambda: parity(checkpoint, self.work, longest, vocabulary)))
+            if self.data is not None:
+                data, engines_at = self.data, [self.work / name for name in TWINS]
+                self._add(compared=self._timed("data", lambda: compare_engines(checkpoint, engines_at, data)))
         if theirs and (few := shapes[: self.plan.compiled]):
             self._timed("compiled", lambda: self._hugging_face("compiled", checkpoint, few, vocabulary))
         self._add(complete=not self.result.skipped)
@@ -342,6 +352,10 @@ def _table(result: Result) -> Iterator[str]:
     if loose := [name for name, held in result.captured.items() if not held]:
         yield f"- in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
     yield from (f"- verdict: {result.verdict}", f"- parity: {result.parity}", f"- seconds: {dict(result.seconds)}")
+    for report in result.compared.reports if result.compared is not None else ():
+        yield f"- parity on {report.samples} samples: {_in_words(report)}"
+    for left in result.compared.skipped if result.compared is not None else ():
+        yield f"- parity: {left.engine} was not run: {left.reason}"
     if result.skipped:
         yield f"- not reached: {', '.join(result.skipped)}"
     if result.bench:
@@ -363,6 +377,14 @@ def _table(result: Result) -> Iterator[str]:
     for shape, run in result.profiles.items():
         yield f"- {shape}: {_kernels_in_words(run)}"
     yield ""
+
+
+def _in_words(report: ParityReport) -> str:
+    """The verdict of a comparison, and both values of the metric."""
+    verdict = "passed" if report.passed else f"FAILED ({report.reason or 'see the JSON'})"
+    engine = "no value" if report.engine_value is None else f"{report.engine_value:.4f}"
+    name = Path(report.engine).name
+    return f"{name} {verdict}; {report.metric} {engine}, checkpoint {report.reference_value:.4f}"
 
 
 def _kernels_in_words(run: ProfiledRun) -> str:
@@ -409,6 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=400, help="seconds; what was not reached is listed")
     parser.add_argument("--models", default="bert-base,minilm,bert-large", help=f"of {', '.join(MODELS)}; '' for none")
     parser.add_argument("--checkpoint", action="append", default=[], help="a compressed checkpoint; may be repeated")
+    parser.add_argument("--data", help="labelled rows, such as a dev.tsv: checkpoints are compared on them, too")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="batch x sequence; the first matter most")
     parser.add_argument("--layers", type=int, help="of the models, fewer than they have: export takes less time")
     parser.add_argument("--rounds", type=int, default=30)
@@ -441,7 +464,7 @@ def measure_all(options: argparse.Namespace, machine: Machine) -> int:
     make_directory(options.out)
     shapes = tuple(shape_of(text) for text in options.shapes.split(","))
     until = began + options.budget
-    plan = Plan(shapes, options.rounds, options.out, options.work, until, options.compile, machine)
+    plan = Plan(shapes, options.rounds, options.out, options.work, until, options.compile, machine, options.data)
     results: list[Result] = []
     skipped: list[str] = []
 

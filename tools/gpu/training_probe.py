@@ -29,9 +29,12 @@ from nxm_export.errors import DataError, NxmError
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.json_files import convert, to_json_object
 from tools.gpu.half_precision import WEIGHTS, as_float, as_half
+from tools.gpu.pages import write_page
 from tools.gpu.transfers import require_fits
+from tools.rendering import table
 
 DATA = ("train.tsv", "dev.tsv")
+FILE = "training_probe.json"
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,9 @@ class Probe:
 
     def flush(self) -> None:
         """Write what there is."""
-        write_atomic(self.out / "training_probe.json", json.dumps(asdict(self.report), indent=1, default=str) + "\n")
+        write_atomic(self.out / FILE, json.dumps(asdict(self.report), indent=1, default=str) + "\n")
+        gpu = self.report.gpu or "stand-in"
+        write_page(self.out, "training", gpu, {"torch": self.report.torch}, sections(self.report), [FILE])
 
     def _compress(self, request: Request, outcome: Outcome) -> None:
         import torch
@@ -252,6 +257,26 @@ class Probe:
         outcome.seconds = round(time.monotonic() - began, 1)
         outcome.phases = rates.phases()
         outcome.peak_mib = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
+
+
+def sections(report: Report) -> list[str]:
+    """What the page says: every compression, how alike those of both devices are, and where steps wait."""
+    rows = []
+    for name, run in report.runs.items():
+        rates = ", ".join(f"{what} {phase.per_second}" for what, phase in run.phases.items() if phase.per_second)
+        scores = ", ".join(f"{key} {value}" for key, value in run.metrics.items() if isinstance(value, float))
+        rows.append([name, str(run.seconds), rates, str(run.peak_mib), scores, run.error or run.skipped or ""])
+    head = ["compression", "seconds", "steps a second", "MiB at most", "metrics", "error"]
+    pairs = [
+        f"- {name}: {like.equal_masks:.4%} of masks and {like.equal_weights:.4%} of weights are the CPU's, largest "
+        f"difference {like.largest_difference:.3g}"
+        for name, like in report.alike.items()
+    ]
+    waits = [f"- {count} times at {line}" for line, count in report.waits.items()]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") or "-" for cell in row] for row in rows]
+    made = [table(cells, head, "lrlrll")]
+    made += ["\n".join(["## Against the CPU", "", *pairs])] if pairs else []
+    return made + (["\n".join(["## Where steps wait for the device", "", *waits])] if waits else [])
 
 
 def alike(ours: Path, theirs: Path) -> Alike:

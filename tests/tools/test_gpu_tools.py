@@ -509,12 +509,12 @@ def test_trained_checkpoints_travel_in_pieces_and_are_the_same_there(
     for name, checkpoint in source.items():
         shutil.copytree(checkpoint, tmp_path / name / "checkpoint")
     folder, place = tmp_path / "carried", tmp_path / "there"
-    manifest = checkpoints.pack([tmp_path / name / "checkpoint" for name in source], folder, part_bytes=40_000)
+    manifest = checkpoints.pack([tmp_path / name / "checkpoint" for name in source], folder, part_mib=40_000 / 2**20)
     parts = sorted(folder.glob("c*"))
     assert len(parts) > 2
     sizes = [sum(file.stat().st_size for file in part.iterdir()) for part in parts]
     assert set(sizes[:-1]) == {40_000}
-    assert [carried.name for carried in manifest.checkpoints] == list(source)
+    assert [carried.name for carried in manifest.files] == list(source)
     unpacking = ["unpack", "--folder", str(folder), "--out", str(place)]
     late = parts[-1].rename(tmp_path / "late")
     assert checkpoints.main(unpacking) == 2
@@ -598,18 +598,31 @@ def test_rows_that_are_cut_off_go_on_and_whole_units_travel_with_the_next_call(
     assert not (packed.parent / "another-machine" / "unfinished").exists()
 
 
-def test_rows_that_do_not_fit_into_a_transfer_and_unknown_tasks_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_rows_that_do_not_fit_into_a_transfer_travel_in_pieces(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    whole = {file.relative_to(packed): file.read_bytes() for file in packed.rglob("*") if file.is_file()}
+    monkeypatch.setattr(transfers, "PART_MIB", 0.05)
+    options = ["--data", str(packed.parent / "glue"), "--model", str(packed.parent / "encoder"), "--seeds", "1"]
+    options += ["--tasks", "cola:3e-3:1", "--rows", "dense,magnitude-2:4+W4", "--out", str(packed)]
+    assert glue_rows.main(["pack", *options]) == 0
+    pieces = sorted(packed.glob("c*"))
+    assert len(pieces) > 1
+    assert f"{pieces[0]}: 0.0 MiB" in capsys.readouterr().out
+    assert {entry.name for entry in packed.iterdir()} == {*(piece.name for piece in pieces), transfers.MANIFEST}
+    late = pieces[-1].rename(packed.parent / "late")
+    assert rehearse(packed, "work", "--budget", "-1") == 1
+    assert f"{pieces[-1].name}/rows.tar did not come yet" in capsys.readouterr().err
+    late.rename(pieces[-1])
+    assert rehearse(packed, "work", "--budget", "-1") == 1
+    assert "not reached: cola-s0" in capsys.readouterr().out
+    place = packed.parent / "work" / "packed"
+    assert {file.relative_to(place): file.read_bytes() for file in place.rglob("*") if file.is_file()} == whole
+
+
+def test_unknown_tasks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert glue_rows.main(["pack", "--tasks", "rte", "--out", str(tmp_path / "packed")]) == 1
     assert "give NAME, or NAME:RATE:EPOCHS" in capsys.readouterr().err
-    tiny.write_model("bert", tmp_path / "encoder")
-    tiny.write_data(tmp_path / "CoLA")
-    monkeypatch.setattr(transfers, "PART_MIB", 0)
-    options = ["--data", str(tmp_path), "--model", str(tmp_path / "encoder"), "--tasks", "cola"]
-    assert glue_rows.main(["pack", *options, "--out", str(tmp_path / "packed")]) == 1
-    assert "travel at a time; give fewer --tasks" in capsys.readouterr().err
-    assert not (tmp_path / "packed").exists()
 
 
 # The fake accelerator

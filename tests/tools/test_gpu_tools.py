@@ -15,7 +15,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -25,11 +25,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engines.benchmark.latency import BenchReport, Timing
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from engines.sparsity.build_evidence import LayerInfo
 from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
+from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import ArtifactError
 from nxm_export.pipeline.sparsity_twins import TWINS
 from nxm_export.storage.json_files import read_record
@@ -43,6 +45,8 @@ from tools.gpu.cusparselt import gemms
 from tools.gpu.cusparselt.gemms import Gemm
 from tools.gpu.cusparselt.timing import Timer
 from tools.gpu.tensorrt86 import LIBRARIES, VERSION, pack, unpack
+from tools.gpu.tensorrt86 import engines as engines86
+from tools.gpu.tensorrt86 import evidence as evidence86
 from tools.gpu.tensorrt86.manifest import Manifest
 from tools.results import run, tasks
 from tools.results.store import TaskStore
@@ -362,6 +366,13 @@ def test_hugging_face_is_timed_on_a_gpu_that_is_warm_and_once_for_a_model(
         monkeypatch.setattr(engine_twins, "parity", lambda *_: {})
         measuring._measure()
         assert calls == ["fp16", "compiled"][:times]
+        assert measuring.result.complete
+        monkeypatch.setattr(engine_twins, "parity", MagicMock(side_effect=ModuleNotFoundError("sklearn")))
+        calls.clear()
+        measuring._measure()
+        assert calls == ["fp16", "compiled"][:times], "what does not depend on parity is measured without it"
+        assert measuring.result.error == "ModuleNotFoundError: sklearn"
+        assert not measuring.result.complete
 
 
 @pytest.mark.parametrize(("family", "attention"), [("bert", "sdpa"), ("mpnet", "eager")])
@@ -683,6 +694,31 @@ def test_chunks_are_put_together_whatever_their_order(carried: tuple[Path, Path]
         assert (place / "trt" / "tensorrt" / name).read_bytes() == (tmp_path / "wheel" / name).read_bytes()
     launcher = subprocess.run(["sh", "-n", str(place / "python310")], capture_output=True, text=True, check=False)
     assert launcher.returncode == 0, launcher.stderr
+
+
+def test_the_page_of_tensorrt_has_every_engine_and_what_failed(tmp_path: Path) -> None:
+    assert evidence86.write_report(tmp_path) is None
+    timings = (Timing("int8-dense", 1, 8, 2.0, (2.0, 2.0), 9), Timing("int8-sparse", 1, 8, 1.0, (1.0, 1.0), 9))
+    ratio = Speedup("int8-sparse", "int8-dense", 1, 8, 2.0, (1.9, 2.1))
+    made = engines86.EngineOutcome(12.5, 9, 0.5, {"sparse": 3}, ["kernel"], {"logits": 0.0125})
+    steps = [
+        engines86.StepOutcome("minilm", {"int8-sparse": made}, BenchReport(timings, (ratio,))),
+        engines86.StepOutcome("bert", {"fp16": engines86.EngineOutcome(errors=["no builder"])}, None, ["no time"]),
+    ]
+    report = engines86.Report(tensorrt="8.6.0", device={"gpu": "NVIDIA H200", "cuda": "13.0"}, steps=steps)
+    (tmp_path / "engines.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+    page = evidence86.write_report(tmp_path)
+    assert page is not None
+    assert page.name == "nvidia-h200-tensorrt86.md"
+    text = page.read_text(encoding="utf-8")
+    for line in (
+        "| TensorRT | 8.6.0 |",
+        "| minilm | int8-sparse | 12.5 | 50.0% | 3 sparse | logits 0.0125 |",
+        "| minilm | 1x8 | int8-sparse | 1.0000 | 2.00 (1.90 to 2.10) |",
+        "- bert: no time",
+        "- bert fp16: no builder",
+    ):
+        assert line in text.splitlines()
 
 
 def test_a_damaged_chunk_is_refused(carried: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

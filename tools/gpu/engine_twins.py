@@ -170,8 +170,13 @@ class Measuring:
         try:
             self._measure()
         except Exception as error:  # of any type: what was measured is kept, and the other subjects are measured
-            self._add(error=f"{type(error).__name__}: {error}"[:600], trace=traceback.format_exc()[-3000:])
+            self._failed(error)
         return self.result
+
+    def _failed(self, error: Exception) -> None:
+        """Keep the first error."""
+        if self.result.error is None:
+            self._add(error=f"{type(error).__name__}: {error}"[:600], trace=traceback.format_exc()[-3000:])
 
     def _is_of_this(self, known: Result) -> bool:
         """Whether a result is of this subject, on this machine, and of what is asked now."""
@@ -195,19 +200,26 @@ class Measuring:
                     continue
                 self._bench(engines, shape, vocabulary)
         theirs = self.subject.placement in (None, PLACEMENTS[0])  # it has no quantizers: once is enough
+        longest, few = max(sequence for _, sequence in shapes), shapes[: self.plan.compiled]
         if theirs:
-            self._timed("hugging face", lambda: self._hugging_face("fp16", checkpoint, shapes, vocabulary))
+            self._tried("hugging face", lambda: self._hugging_face("fp16", checkpoint, shapes, vocabulary))
+        self._tried("parity", lambda: self._add(parity=parity(checkpoint, self.work, longest, vocabulary)))
+        if (data := self.data) is not None:
+            engines_at = [self.work / name for name in TWINS]
+            self._tried("data", lambda: self._add(compared=compare_engines(checkpoint, engines_at, data)))
+        if theirs and few:
+            self._tried("compiled", lambda: self._hugging_face("compiled", checkpoint, few, vocabulary))
+        self._add(complete=not self.result.skipped and self.result.error is None)
+
+    def _tried(self, what: str, work: Callable[[], None]) -> None:
+        """Something that the others do not depend on, if there is time: its error is kept, and they go on."""
         if self.plan.is_over:
-            self._add(skipped=(*self.result.skipped, "parity"))
-        else:
-            longest = max(sequence for _, sequence in shapes)
-            self._add(parity=self._timed("parity", lambda: parity(checkpoint, self.work, longest, vocabulary)))
-            if self.data is not None:
-                data, engines_at = self.data, [self.work / name for name in TWINS]
-                self._add(compared=self._timed("data", lambda: compare_engines(checkpoint, engines_at, data)))
-        if theirs and (few := shapes[: self.plan.compiled]):
-            self._timed("compiled", lambda: self._hugging_face("compiled", checkpoint, few, vocabulary))
-        self._add(complete=not self.result.skipped)
+            self._add(skipped=(*self.result.skipped, what))
+            return
+        try:
+            self._timed(what, work)
+        except Exception as error:
+            self._failed(error)
 
     def _checkpoint(self) -> Path:
         if self.subject.checkpoint is not None:
@@ -352,8 +364,8 @@ def _table(result: Result) -> Iterator[str]:
     if loose := [name for name, held in result.captured.items() if not held]:
         yield f"- in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
     yield from (f"- verdict: {result.verdict}", f"- parity: {result.parity}", f"- seconds: {dict(result.seconds)}")
-    for report in result.compared.reports if result.compared is not None else ():
-        yield f"- parity on {report.samples} samples: {_in_words(report)}"
+    for one in result.compared.reports if result.compared is not None else ():
+        yield f"- parity on {one.samples} samples: {_in_words(one)}"
     for left in result.compared.skipped if result.compared is not None else ():
         yield f"- parity: {left.engine} was not run: {left.reason}"
     if result.skipped:

@@ -82,18 +82,21 @@ def test_a_call_that_no_graph_holds_is_timed_all_the_same_and_says_so(
     assert kernels.microseconds([lambda: torch.ones(1)]) == [Taken(125.0, in_graph=False)]
 
 
-def test_what_is_timed_first_on_an_idle_gpu_is_not_slower_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that takes four times as long at first, and slowly gets slower later: neither favours any call."""
+@pytest.mark.parametrize("milliseconds", [0.1, 1.0])
+def test_what_is_timed_first_on_an_idle_gpu_is_not_slower_for_that(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: float
+) -> None:
+    """Short calls are over before the clocks are up, and long ones while the GPU gets slower: neither favours any."""
     clock = SteppedClock()
     monkeypatch.setattr("engines.cusparselt.kernels.time", clock)
     kernels = CudaKernels()
     monkeypatch.setattr(kernels, "capture", lambda call: (call, {}))
     monkeypatch.setattr(kernels, "milliseconds", clock.milliseconds)
-    first, second, faster = kernels.microseconds(
-        [lambda: clock.work(1.0), lambda: clock.work(1.0), lambda: clock.work(0.9)]
-    )
-    assert first.microseconds == pytest.approx(second.microseconds, rel=0.02)
-    assert faster.microseconds < min(first.microseconds, second.microseconds) * 0.95
+    times = kernels.microseconds([clock.work_of(share * milliseconds) for share in (1.0, 1.0, 0.9)])
+    first, second, faster = (each.microseconds for each in times)
+    assert first == pytest.approx(second, rel=0.02)
+    assert faster == pytest.approx(0.9 * first, rel=0.02)
+    assert 1e3 * milliseconds < first < 2e3 * milliseconds, "of a GPU whose clocks are up"
 
 
 class SteppedClock:
@@ -106,11 +109,15 @@ class SteppedClock:
         """Seconds."""
         return self.now
 
-    def work(self, milliseconds: float) -> torch.Tensor:
-        """Work that takes so long at full clocks."""
-        slower = 4.0 if self.now < 0.2 else 1.0 + 0.1 * (self.now - 0.2)
-        self.now += milliseconds * slower / 1e3
-        return torch.ones(1)
+    def work_of(self, milliseconds: float) -> Callable[[], torch.Tensor]:
+        """A call that takes so long at full clocks."""
+
+        def call() -> torch.Tensor:
+            slower = 4.0 if self.now < 0.2 else 1.0 + 0.5 * (self.now - 0.2)
+            self.now += milliseconds * slower / 1e3
+            return torch.ones(1)
+
+        return call
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         """What a run took."""

@@ -22,4 +22,7 @@ def versions(names: Sequence[str], commit: str | None = None) -> dict[str, str]:
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a machine without git
+        return ""

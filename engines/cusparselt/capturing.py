@@ -19,7 +19,8 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: _POOL_HANDLE) -> Iterator[None]
 
     with torch.cuda.stream(torch.cuda.current_stream()):  # comes back from wherever the graph's stream is left
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            # "thread_local": other engines of this process may go on meanwhile with what a capture forbids.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 yield
         except BaseException:
             with suppress(RuntimeError):  # it is not recorded into any more: what failed was the call alone

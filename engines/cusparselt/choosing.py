@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from engines.base import Profile
@@ -63,8 +64,20 @@ def choices_for(
     for done, product in enumerate(sizes.values()):
         progress(f"products of {product.n} x {product.k}", done, len(sizes))
         trial = Trial(kernels, product, tensors, after)
-        choices += [trial.choice(count, use) for count in rows]
+        choices += [_chosen(trial, product, count, use) for count in rows]
     return tuple(choices)
+
+
+def _chosen(trial: Trial, product: Product, rows: int, use: SparseUse) -> Choice:
+    try:
+        return trial.choice(rows, use)
+    except RuntimeError as error:  # such as too little memory
+        raise_if_lost(error)
+        reason = str(error).strip().splitlines()
+        raise EngineError(
+            f"a product of {rows} x {product.k} with {product.k} x {product.n} failed where its forms are timed: "
+            f"{reason[0][:200] if reason else type(error).__name__}; give smaller profiles"
+        ) from error
 
 
 class Trial:
@@ -86,43 +99,54 @@ class Trial:
         x = torch.randint(-127, 128, (padded(rows, ROWS_STEP), k), dtype=torch.int8, generator=generator)
         x = x.to(self._kernels.device)
         right = self._run(x, DENSE, 0)
-        measured = [_timed(DENSE, 0, self._time(x, DENSE, 0))]
-        measured += [self._measured(x, name, form, right) for name, form in FORMS.items() if self._differs(form)]
+        tried = [Measurement(DENSE, None)]
+        tried += [self._tried(x, name, form, right) for name, form in FORMS.items() if self._differs(form)]
+        measured = self._timed(x, tried)
         usable = [each for each in measured if each.microseconds is not None]
+        if not usable:
+            raise EngineError(
+                f"no form of a product of {sizes_of(self._product)} could be timed: {measured[0].problem}"
+            )
         sparse = [each for each in usable if each.form != DENSE]
         best = min(sparse if use == "always" and sparse else usable, key=lambda each: each.microseconds or 0.0)
-        return Choice(*sizes_of(self._product), rows, best.form, best.algorithm, tuple(measured))
+        return Choice(*sizes_of(self._product), rows, best.form, best.algorithm, measured)
 
     def _differs(self, form: Form) -> bool:
         """Whether a form is another one for this product: only float types other than float32 have two biases."""
         half = self._product.output in ("float16", "bfloat16")
         return not form.float_bias or (half and self._product.bias is not None)
 
-    def _measured(self, x: Tensor, name: str, form: Form, right: Tensor) -> Measurement:
+    def _tried(self, x: Tensor, name: str, form: Form, right: Tensor) -> Measurement:
+        """A sparse form without its time, with what is wrong with it."""
         try:
             out, alpha, bias = sparse_arguments(self._epilogue, form)
             algorithm = self._kernels.search(self._matrix.packed, x, out, alpha, bias, transposed=form.transposed)
             wrong = deviation(self._run(x, name, algorithm), right, self._product.output)
-            if wrong is not None:
-                return Measurement(name, None, algorithm, wrong)
-            return _timed(name, algorithm, self._time(x, name, algorithm))
+            return Measurement(name, None, algorithm, wrong)
         except (RuntimeError, EngineError) as error:  # what a GPU or a version does not take
             raise_if_lost(error)
             return Measurement(name, None, 0, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
+    def _timed(self, x: Tensor, tried: Sequence[Measurement]) -> tuple[Measurement, ...]:
+        """The same with the times of those that are right, which are measured side by side."""
+        right = [each for each in tried if each.problem is None]
+        calls = [self._call(x, each.form, each.algorithm) for each in right]
+        times = dict(zip((each.form for each in right), self._kernels.microseconds(calls), strict=True))
+        return tuple(_with_time(each, times.get(each.form)) for each in tried)
+
+    def _call(self, x: Tensor, form: str, algorithm: int) -> Call:
+        return lambda: self._run(x, form, algorithm)
+
     def _run(self, x: Tensor, form: str, algorithm: int) -> Tensor:
         return multiply(self._kernels, self._matrix, self._epilogue, x, form, algorithm)
 
-    def _time(self, x: Tensor, form: str, algorithm: int) -> Taken:
-        call: Call = lambda: self._run(x, form, algorithm)  # noqa: E731  (a name says its type)
-        taken = self._kernels.microseconds(call)
-        if not 0.0 < taken.microseconds < math.inf:
-            raise EngineError(f"the clock gave {taken.microseconds} us for a product, which takes longer")
-        return taken
 
-
-def _timed(form: str, algorithm: int, taken: Taken) -> Measurement:
-    return Measurement(form, round(taken.microseconds, 3), algorithm, in_graph=taken.in_graph)
+def _with_time(tried: Measurement, taken: Taken | None) -> Measurement:
+    if taken is None:
+        return tried
+    if not 0.0 < taken.microseconds < math.inf:
+        return replace(tried, problem=f"the clock gave {taken.microseconds} us for a product, which takes longer")
+    return replace(tried, microseconds=round(taken.microseconds, 3), in_graph=taken.in_graph)
 
 
 def deviation(result: Tensor, right: Tensor, output: str) -> str | None:

@@ -9,7 +9,8 @@ form is tried against exact integers when an engine is built (`engines.cusparsel
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
 LEAST, ROWS_STEP, MATRIX_STEP = 32, 16, 32  # of a product's sizes
-CALLS, REPLAYS = 8, 9  # in a CUDA graph that is timed, and of it
+CALLS, REPLAYS = 8, 15  # in a CUDA graph that is timed, and of it
+WARM_UP_S = 0.3  # an idle GPU raises its clocks over some tenths of a second
 Call = Callable[[], "Tensor"]
 
 
@@ -112,8 +114,8 @@ class Kernels(Protocol):
         """(M, K) times (N, K), both INT8, exact int32 (M, N)."""
         ...
 
-    def microseconds(self, call: Call) -> Taken:
-        """The time of a call on the device."""
+    def microseconds(self, calls: Sequence[Call]) -> list[Taken]:
+        """The time of each call on the device, all measured side by side."""
         ...
 
     def milliseconds(self, run: Callable[[], object]) -> float:
@@ -207,20 +209,26 @@ class CudaKernels:
 
         return torch._int_mm(x, weight.t())
 
-    def microseconds(self, call: Call) -> Taken:
-        """The median of replays of a CUDA graph with `CALLS` calls; of eager launches where it cannot be captured."""
+    def microseconds(self, calls: Sequence[Call]) -> list[Taken]:
+        """Medians of replays of CUDA graphs with `CALLS` calls each; of eager launches where one cannot be captured.
 
-        def many() -> dict[str, Tensor]:
-            for _ in range(CALLS - 1):
-                call()
-            return {"": call()}
-
-        captured = self.capture(many)
-        run: Callable[[], object] = captured[0] if captured is not None else many
-        for _ in range(2):
-            run()
-        taken = statistics.median(1e3 * self.milliseconds(run) / CALLS for _ in range(REPLAYS))
-        return Taken(taken, captured is not None)
+        All run in turns, first until the clocks are up: what is measured first would be slow, and what comes next fast
+        by that alone."""
+        many = [_repeated(call) for call in calls]
+        captured = [self.capture(run) for run in many]
+        runs: list[Callable[[], object]] = [
+            run if held is None else held[0] for run, held in zip(many, captured, strict=True)
+        ]
+        began = time.perf_counter()
+        while time.perf_counter() - began < WARM_UP_S:
+            for run in runs:
+                self.milliseconds(run)
+        taken: list[list[float]] = [[] for _ in runs]
+        for replay in range(REPLAYS):
+            for turn in range(len(runs)):
+                at = (replay + turn) % len(runs)
+                taken[at].append(1e3 * self.milliseconds(runs[at]) / CALLS)
+        return [Taken(statistics.median(each), held is not None) for each, held in zip(taken, captured, strict=True)]
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         """Between two CUDA events."""
@@ -293,6 +301,17 @@ class CudaKernels:
         import torch
 
         torch.cuda.synchronize()
+
+
+def _repeated(call: Call) -> Callable[[], dict[str, Tensor]]:
+    """`CALLS` calls in a row; the last result."""
+
+    def run() -> dict[str, Tensor]:
+        for _ in range(CALLS - 1):
+            call()
+        return {"": call()}
+
+    return run
 
 
 _LOST = ("illegal memory", "launch failure", "device-side assert", "misaligned address", "illegal instruction")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from nxm_export.errors import EngineUnavailable
 
 LEAST_TORCH = (2, 11)
 LEAST_CAPABILITY = (8, 0)
+_DRIVER = "libcuda.so.1"
 _INDEX = "https://download.pytorch.org/whl/cu130"
 _INSTALL = f"pip install 'nxm-export[cusparselt]' --extra-index-url {_INDEX}"
 # pip takes any build of torch that is there already for the one that is asked for.
@@ -60,9 +61,18 @@ def what_is_missing() -> str | None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
     if numbers < LEAST_TORCH:
         return f"torch {installed} is older than {'.'.join(map(str, LEAST_TORCH))}: {_INSTALL}"
-    if shutil.which("nvidia-smi") is None:
-        return "there is no NVIDIA driver (nvidia-smi is not there)"
+    if not _has_driver():
+        return f"there is no NVIDIA driver ({_DRIVER} is not there)"
     return _missing_of_torch(installed)
+
+
+def _has_driver() -> bool:
+    """By the driver's library: a container may have it without the driver's tools."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
 
 
 def _missing_of_torch(installed: str) -> str | None:

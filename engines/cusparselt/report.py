@@ -99,6 +99,8 @@ def _chosen(weight: WeightSparsity, node: str, choices: Sequence[Choice], run: P
         return replace(weight, chosen=False, reason="dense-faster", detail=f"at {run.rows} rows; {times(choices)}")
     if not sparse:
         return _unknown(weight, "unknown", f"no kernel of its run has a name that says sparse INT8; {times(choices)}")
+    if run.replayed == ():
+        return _unknown(weight, "unknown", f"the profiler saw no kernel of the CUDA graph; {times(choices)}")
     if run.replayed is not None and not set(sparse) & set(run.replayed):
         return _unknown(weight, "contradiction", "a sparse kernel runs step by step, and not in the CUDA graph")
     return replace(weight, chosen=True, reason=None, detail=f"profiled at {run.rows} rows; {times(choices)}")

@@ -1,14 +1,14 @@
 """The documented semantics of the GPU's products on the CPU, in exact integers: for tests and rehearsals alone.
 
 No verb of the backend ever takes this: what runs on it ran on no GPU, and its engines say "stand-in". The compressed
-form here has the size that torch derives N from (10/16 of a byte a weight): the kept values, then two bits for the
-place of each. Only the size is cuSPARSELt's; the order of what it holds is not documented.
+form here has the shape that torch 2.11 gives it, (N, 10/16 of K bytes), and reads N from; what it holds is the kept
+values, then two bits for the place of each. Only the shape is torch's; the order in cuSPARSELt's is not documented.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from engines.cusparselt.fusing import Function
@@ -29,7 +29,7 @@ class IntegerReferenceKernels:
     kind: Literal["gpu", "stand-in"] = "stand-in"
 
     def compress(self, weight: Tensor) -> Tensor:
-        """Values (N, K/2), then their places in each group of four, two bits each, as one row of bytes."""
+        """(N, K 10/16): values (N, K/2), then their places in each group of four, two bits each, cut into N rows."""
         import torch
 
         self._require_matrix(weight)
@@ -44,15 +44,17 @@ class IntegerReferenceKernels:
         places = sum((pairs[..., at] << (2 * at)) for at in range(4))
         packed = torch.cat([values.reshape(-1), places.to(torch.uint8).view(torch.int8).reshape(-1)])  # type: ignore[union-attr]
         assert packed.numel() * 16 == n * k * 10
-        return packed
+        return packed.reshape(n, -1)
 
     def decompress(self, packed: Tensor, k: int) -> Tensor:
         """The matrix (N, K) of its compressed form."""
         import torch
 
-        n = packed.numel() * 16 // 10 // k
-        values = packed[: n * k // 2].reshape(n, k // 4, 2)
-        bits = packed[n * k // 2 :].view(torch.uint8).to(torch.int64).reshape(n, k // 8, 1)
+        if packed.dim() != 2 or packed.shape[1] * 16 != k * 10:
+            raise EngineError(f"a compressed matrix of {tuple(packed.shape)} is none of K = {k}")
+        n, row = packed.shape[0], packed.reshape(-1)
+        values = row[: n * k // 2].reshape(n, k // 4, 2)
+        bits = row[n * k // 2 :].view(torch.uint8).to(torch.int64).reshape(n, k // 8, 1)
         places = torch.cat([(bits >> (2 * at)) & 3 for at in range(4)], dim=-1).reshape(n, k // 4, 2)
         return torch.zeros(n, k // 4, 4, dtype=torch.int8).scatter_(-1, places, values).reshape(n, k)
 
@@ -76,7 +78,7 @@ class IntegerReferenceKernels:
         weight = self.decompress(packed, k)
         exact = x.to(torch.int64) @ weight.to(torch.int64).t()
         if out is torch.int32:
-            return exact.to(torch.int32)
+            return _written(exact.to(torch.int32), transposed)
         for vector in (alpha, bias):
             if vector is not None and vector.numel() != weight.shape[0]:
                 raise EngineError(f"a vector of {vector.numel()} for {weight.shape[0]} output channels")
@@ -86,7 +88,7 @@ class IntegerReferenceKernels:
         if bias is not None and bias.dtype is not expected:
             raise EngineError(f"the bias of {out} must be {expected}, got {bias.dtype}")
         y = exact.float() * (1.0 if alpha is None else alpha) + (0.0 if bias is None else bias.float())
-        return y.round().clamp(-128, 127).to(torch.int8) if out is torch.int8 else y.to(out)
+        return _written(y.round().clamp(-128, 127).to(torch.int8) if out is torch.int8 else y.to(out), transposed)
 
     def search(
         self,
@@ -109,9 +111,9 @@ class IntegerReferenceKernels:
             raise EngineError(f"_int_mm takes no {tuple(x.shape)} times {tuple(weight.shape)}")
         return (x.to(torch.int64) @ weight.to(torch.int64).t()).to(torch.int32)
 
-    def microseconds(self, call: Callable[[], Tensor]) -> Taken:
-        """One run by the wall clock: it means nothing."""
-        return Taken(1e3 * self.milliseconds(call), in_graph=True)
+    def microseconds(self, calls: Sequence[Callable[[], Tensor]]) -> list[Taken]:
+        """One run of each by the wall clock: it means nothing."""
+        return [Taken(1e3 * self.milliseconds(call), in_graph=True) for call in calls]
 
     def milliseconds(self, run: Callable[[], object]) -> float:
         """One run by the wall clock: it means nothing."""
@@ -142,3 +144,8 @@ class IntegerReferenceKernels:
         n, k = weight.shape
         if weight.dtype is not torch.int8 or n % MATRIX_STEP or k % MATRIX_STEP or not weight.is_contiguous():
             raise EngineError(f"cuSPARSELt takes no matrix {weight.dtype} of {n} x {k}")
+
+
+def _written(y: Tensor, transposed: bool) -> Tensor:
+    """(M, N) as a kernel leaves it in memory: without `transposed` it wrote (N, M)."""
+    return y if transposed else y.t().contiguous().t()

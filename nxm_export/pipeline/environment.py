@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from nxm_export.errors import EngineUnavailable
+from nxm_export.errors import EngineUnavailable, NxmError
 
 # The smallest extra that brings a module of somebody else's.
 _EXTRAS = {
@@ -140,7 +140,7 @@ def _absent(distributions: tuple[str, ...], extra: str) -> str | None:
 def _gpu() -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return "no NVIDIA driver found (nvidia-smi is not there)"
+        return _gpu_of_driver()
     query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run([tool, *query], capture_output=True, text=True, timeout=_PATIENCE, check=False)
@@ -149,6 +149,17 @@ def _gpu() -> str:
     except (OSError, UnicodeDecodeError) as error:
         return f"nvidia-smi failed: {str(error)[:200]}"
     return "; ".join(answer.stdout.strip().splitlines()) or f"nvidia-smi failed: {answer.stderr.strip()[:200]}"
+
+
+def _gpu_of_driver() -> str:
+    """What the driver itself says: a container may have it without its tools."""
+    from engines.tensorrt.cuda_driver import device_facts, device_memory
+
+    try:
+        facts, mib = device_facts(), device_memory() // 2**20
+    except NxmError:
+        return "no NVIDIA driver found (nvidia-smi is not there)"
+    return f"{facts['gpu']}, {facts['compute_capability']}, {facts['driver']}, {mib} MiB"
 
 
 def _missing_of_trt() -> str | None:

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,26 +31,30 @@ from unittest import mock
 import numpy as np
 
 from engines.base import BuildOptions, Engine
-from engines.benchmark.latency import BenchReport, bench, sparse_verdict
+from engines.benchmark.latency import GPU_WARM_UP_S, BenchReport, bench, interleaved, sparse_verdict
 from engines.cusparselt import backend
 from engines.cusparselt.machine import Machine, this_machine
-from engines.cusparselt.profiling import read_profile
+from engines.cusparselt.profiling import ProfiledRun, read_profile
 from engines.cusparselt.program import Choice
 from engines.cusparselt.report import times
 from engines.cusparselt.stand_in import IntegerReferenceKernels
+from engines.parity.reports import Comparison, ParityReport
 from engines.passport import load_passport
+from engines.sparsity.kernel_names import kernel_named
 from nxm_export.contract.checkpoint import read_config, task_at
 from nxm_export.contract.choices import TASK
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.protocols import HasAttention
+from nxm_export.pipeline.engine_comparison import compare_engines
 from nxm_export.pipeline.engine_sparsity import measure_layers
 from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
 from nxm_export.storage.atomic import make_directory, write_atomic
 from nxm_export.storage.json_files import encode, read_record
 from tools.gpu.evidence import MODELS, Parity, Sparsity, parity, profiles_of, shape_of
+from tools.gpu.pages import write_page
 from tools.gpu.random_checkpoint import write_checkpoint
 
 if TYPE_CHECKING:
@@ -58,7 +63,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SCHEMA = "nxm-gpu-engine-twins/1"
 PLACEMENTS = ("inputs-outputs", "inputs")
-SHAPES = ("32x128", "8x128", "128x128", "32x384", "1x128", "128x384")
+SHAPES = ("32x128", "128x128", "32x384", "8x128", "1x128", "128x384")
+WIDE = 2  # models that come first, before anything is measured a second time
 TABLE_CHARACTERS = 10_500  # of the output's end
 STAND_IN = {
     "torch": "stand-in", "cuda": "stand-in", "cusparselt": "0.8.0", "gpu": "stand-in", "compute_capability": "9.0",
@@ -86,14 +92,16 @@ class Asked:
 
     shapes: tuple[tuple[int, int], ...]
     rounds: int
-    compiled: bool
+    compiled: int
+    data: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """What a subject came to; written after every measurement. `hugging_face` are milliseconds by shape: of the model
-    as it is (``fp16``), and compiled. `captured` says which engines ran as a CUDA graph. `complete` says that nothing
-    of what was `asked` is left to do."""
+    as it is (``fp16``), and compiled. `profiles` are of the sparse engine, by shape. `captured` says which engines ran
+    as a CUDA graph. `parity` is on random tokens, `compared` on labelled data. `complete` says that nothing of what was
+    `asked` is left to do."""
 
     subject: Subject
     machine: Mapping[str, str]
@@ -101,10 +109,11 @@ class Result:
     seconds: Mapping[str, float]
     sparsity: Sparsity | None = None
     choices: tuple[Choice, ...] = ()
-    kernels: tuple[str, ...] = ()
+    profiles: Mapping[str, ProfiledRun] = field(default_factory=dict)
     captured: Mapping[str, bool] = field(default_factory=dict)
     bench: tuple[BenchReport, ...] = ()
     parity: Mapping[str, Parity] | None = None
+    compared: Comparison | None = None
     hugging_face: Mapping[str, Mapping[str, float]] | None = None
     verdict: str | None = None
     error: str | None = None
@@ -116,15 +125,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """How subjects are measured, and until when (`time.monotonic`)."""
+    """How subjects are measured, and until when (`time.monotonic`); Hugging Face's model is compiled at as many shapes
+    as `compiled`, the first ones; checkpoints that are given are compared on `data`."""
 
     shapes: tuple[tuple[int, int], ...]
     rounds: int
     out: Path
     work: Path
     until: float
-    compiled: bool
+    compiled: int
     machine: Machine
+    data: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -133,13 +144,10 @@ class Plan:
 
 
 def subjects(models: Sequence[str], checkpoints: Sequence[str], layers: int | None) -> list[Subject]:
-    """In order of value: the first model in both placements, checkpoints, the other models, then their second
+    """In order of value: the first models in the first placement, checkpoints, the other models, then their second
     placement."""
-    first, others = models[:1], models[1:]
-    ordered = [Subject(model, placement, layers=layers) for model in first for placement in PLACEMENTS]
-    ordered += [Subject(Path(path).name, None, path) for path in checkpoints]
-    ordered += [Subject(model, placement, layers=layers) for placement in PLACEMENTS for model in others]
-    return ordered
+    first, second = ([Subject(model, placement, layers=layers) for model in models] for placement in PLACEMENTS)
+    return [*first[:WIDE], *(Subject(Path(path).name, None, path) for path in checkpoints), *first[WIDE:], *second]
 
 
 class Measuring:
@@ -149,7 +157,8 @@ class Measuring:
         self.plan, self.subject = plan, subject
         self.file = plan.out / f"{subject.name}.json"
         self.work = plan.work / subject.name
-        asked = Asked(plan.shapes, plan.rounds, plan.compiled)
+        self.data = plan.data if subject.checkpoint is not None else None
+        asked = Asked(plan.shapes, plan.rounds, plan.compiled, self.data)
         self.result = Result(subject, plan.machine.facts, plan.machine.kernels.kind, {}, asked=asked)
 
     def run(self) -> Result:
@@ -161,8 +170,13 @@ class Measuring:
         try:
             self._measure()
         except Exception as error:  # of any type: what was measured is kept, and the other subjects are measured
-            self._add(error=f"{type(error).__name__}: {error}"[:600], trace=traceback.format_exc()[-3000:])
+            self._failed(error)
         return self.result
+
+    def _failed(self, error: Exception) -> None:
+        """Keep the first error."""
+        if self.result.error is None:
+            self._add(error=f"{type(error).__name__}: {error}"[:600], trace=traceback.format_exc()[-3000:])
 
     def _is_of_this(self, known: Result) -> bool:
         """Whether a result is of this subject, on this machine, and of what is asked now."""
@@ -185,13 +199,27 @@ class Measuring:
                     self._add(skipped=(*self.result.skipped, "x".join(map(str, shape))))
                     continue
                 self._bench(engines, shape, vocabulary)
-        self._timed("hugging face", lambda: self._hugging_face(checkpoint, shapes, vocabulary))
+        theirs = self.subject.placement in (None, PLACEMENTS[0])  # it has no quantizers: once is enough
+        longest, few = max(sequence for _, sequence in shapes), shapes[: self.plan.compiled]
+        if theirs:
+            self._tried("hugging face", lambda: self._hugging_face("fp16", checkpoint, shapes, vocabulary))
+        self._tried("parity", lambda: self._add(parity=parity(checkpoint, self.work, longest, vocabulary)))
+        if (data := self.data) is not None:
+            engines_at = [self.work / name for name in TWINS]
+            self._tried("data", lambda: self._add(compared=compare_engines(checkpoint, engines_at, data)))
+        if theirs and few:
+            self._tried("compiled", lambda: self._hugging_face("compiled", checkpoint, few, vocabulary))
+        self._add(complete=not self.result.skipped and self.result.error is None)
+
+    def _tried(self, what: str, work: Callable[[], None]) -> None:
+        """Something that the others do not depend on, if there is time: its error is kept, and they go on."""
         if self.plan.is_over:
-            self._add(skipped=(*self.result.skipped, "parity"))
+            self._add(skipped=(*self.result.skipped, what))
             return
-        longest = max(sequence for _, sequence in shapes)
-        self._add(parity=self._timed("parity", lambda: parity(checkpoint, self.work, longest, vocabulary)))
-        self._add(complete=not self.result.skipped)
+        try:
+            self._timed(what, work)
+        except Exception as error:
+            self._failed(error)
 
     def _checkpoint(self) -> Path:
         if self.subject.checkpoint is not None:
@@ -214,14 +242,12 @@ class Measuring:
             captured[name] = profiled is not None and profiled.replayed is not None
         inspected = inspect_engine(sparse)
         assert isinstance(inspected.facts, backend.CusparseltFacts)
-        report, run = inspected.facts.sparsity, inspected.facts.profiled
+        report = inspected.facts.sparsity
         planned = [weight for weight in report.weights if weight.planned_sparse]
         chosen = sum(weight.chosen is True for weight in planned)
-        names = {kernel.name for kernels in run.products.values() for kernel in kernels} if run is not None else set()
         self._add(
             sparsity=Sparsity(len(planned), chosen, report.sparse_share, report.counts),
             choices=inspected.facts.choices,
-            kernels=tuple(sorted(names)),
             captured=captured,
         )
 
@@ -235,23 +261,30 @@ class Measuring:
         )
         share = None if self.result.sparsity is None else self.result.sparsity.share
         verdict = sparse_verdict(together, SPARSE, DENSE, share, self.plan.machine.facts["gpu"])
-        self._add(bench=reports, verdict=verdict)
+        sparse = engines[SPARSE]
+        assert isinstance(sparse, backend.CusparseltEngine)
+        profiles = dict(self.result.profiles)
+        self._add(bench=reports, verdict=verdict)  # what is timed is kept if no profiler works
+        profiles["x".join(map(str, shape))] = sparse.profiled(shape, load_passport(self.work / SPARSE).engine_sha256)
+        self._add(profiles=profiles)
         medians = {timing.name: round(timing.median, 4) for timing in report.timings}
         print(f"{self.subject.name} {shape[0]}x{shape[1]}, ms: {medians}", flush=True)
 
-    def _hugging_face(self, checkpoint: Path, shapes: Sequence[tuple[int, int]], vocabulary: int) -> None:
-        ways = ("fp16", "compiled") if self.plan.compiled else ("fp16",)
-        taken: dict[str, dict[str, float]] = {}
-        for way in ways:
-            model = _model(checkpoint, self.plan.machine, compiled=way == "compiled")
-            for batch, sequence in shapes:
-                if self.plan.is_over:
-                    self._add(skipped=(*self.result.skipped, f"hugging face {way} {batch}x{sequence}"))
-                    continue
-                ms, in_graph = _milliseconds(model, (batch, sequence), vocabulary, self.plan)
-                shown = way if in_graph else f"{way} launched one by one"
-                taken.setdefault(f"{batch}x{sequence}", {})[shown] = ms
-                self._add(hugging_face=taken)
+    def _hugging_face(self, way: str, checkpoint: Path, shapes: Sequence[tuple[int, int]], vocabulary: int) -> None:
+        """Their model as it is (``fp16``), or compiled for each shape (``compiled``)."""
+        model = None
+        for batch, sequence in shapes:
+            shape = f"{batch}x{sequence}"
+            if self.plan.is_over:
+                self._add(skipped=(*self.result.skipped, f"hugging face {way} {shape}"))
+                continue
+            model = model or _model(checkpoint, self.plan.machine, compiled=way == "compiled")
+            ms, in_graph = _milliseconds(model.call, (batch, sequence), vocabulary, self.plan)
+            shown = f"{way}{'' if model.attention == 'sdpa' else f' with {model.attention} attention'}"
+            shown += "" if in_graph else " launched one by one"
+            known = dict(self.result.hugging_face or {})
+            known[shape] = {**known.get(shape, {}), shown: ms}
+            self._add(hugging_face=known)
 
     def _timed(self, what: str, work: Callable[[], T]) -> T:
         began = time.monotonic()
@@ -265,19 +298,29 @@ class Measuring:
         self.result = result
 
 
-def _model(checkpoint: Path, machine: Machine, *, compiled: bool) -> Callable[..., torch.Tensor]:
-    """Hugging Face's own model in FP16 with its fused attention: a function of the inputs that gives its
-    first output."""
+@dataclass(frozen=True)
+class _Theirs:
+    """Hugging Face's model: a function of the inputs that gives its first output, and how its attention runs, since not
+    every model of theirs has a fused one."""
+
+    call: Callable[..., torch.Tensor]
+    attention: str
+
+
+def _model(checkpoint: Path, machine: Machine, *, compiled: bool) -> _Theirs:
+    """Hugging Face's own model in FP16, with its fused attention where it has one."""
     import torch
 
     task = TASKS[task_at(checkpoint, read_config(checkpoint)) or TASK]
     module = load_task_model(checkpoint, task)
-    cast("HasAttention", module).set_attn_implementation("sdpa")
+    chosen = cast("HasAttention", module)
+    chosen.set_attn_implementation("sdpa")
+    attention = chosen.config._attn_implementation
     if machine.kernels.kind == "gpu":
         module = module.half()
     module = module.to(machine.kernels.device)
     called = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False) if compiled else module
-    return lambda **feeds: cast(torch.Tensor, next(iter(called(**feeds).values())))
+    return _Theirs(lambda **feeds: cast(torch.Tensor, next(iter(called(**feeds).values()))), attention)
 
 
 def _milliseconds(
@@ -297,15 +340,14 @@ def _milliseconds(
         call()
         captured = kernels.capture(call)
         run: Callable[[], object] = captured[0] if captured is not None else call
-        return statistics.median(kernels.milliseconds(run) for _ in range(plan.rounds)), captured is not None
+        warm_up_s = GPU_WARM_UP_S if kernels.kind == "gpu" else 0.0  # as for the engines that it is compared with
+        taken = interleaved({"": lambda: kernels.milliseconds(run)}, plan.rounds, warm_up_s=warm_up_s)
+        return statistics.median(taken[""]), captured is not None
 
 
-def tables(results: Sequence[Result]) -> str:
-    """The end of the output: times and kernels of every subject, as many as fit."""
-    lines: list[str] = []
-    for result in results:
-        lines += _table(result)
-    return "\n".join(lines)[:TABLE_CHARACTERS]
+def tables(results: Sequence[Result]) -> list[str]:
+    """Times and kernels of every subject."""
+    return [line for result in results for line in _table(result)]
 
 
 def _table(result: Result) -> Iterator[str]:
@@ -313,30 +355,61 @@ def _table(result: Result) -> Iterator[str]:
     stand_in = "" if result.kind == "gpu" else " (A STAND-IN: nothing of this is about a GPU)"
     versions = f"torch {facts['torch']}, cuSPARSELt {facts['cusparselt']}"
     yield f"## {result.subject.name} on {facts['gpu']}{stand_in}, {versions}"
+    yield ""
     if result.error is not None:
-        yield f"error: {result.error}"
+        yield f"- error: {result.error}"
     if result.sparsity is not None:
         sparsity = result.sparsity
-        yield f"sparse kernels: {sparsity.chosen} of {sparsity.planned} planned matrices; {sparsity.counts}"
+        yield f"- sparse kernels: {sparsity.chosen} of {sparsity.planned} planned matrices; {sparsity.counts}"
     if loose := [name for name, held in result.captured.items() if not held]:
-        yield f"in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
+        yield f"- in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
+    yield from (f"- verdict: {result.verdict}", f"- parity: {result.parity}", f"- seconds: {dict(result.seconds)}")
+    for one in result.compared.reports if result.compared is not None else ():
+        yield f"- parity on {one.samples} samples: {_in_words(one)}"
+    for left in result.compared.skipped if result.compared is not None else ():
+        yield f"- parity: {left.engine} was not run: {left.reason}"
+    if result.skipped:
+        yield f"- not reached: {', '.join(result.skipped)}"
     if result.bench:
-        yield "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | all queued | Hugging Face |"
+        yield from (
+            "",
+            "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | all queued | Hugging Face |",
+        )
         yield "|---|---:|---:|---:|---:|---:|---|---|"
     for report in result.bench:
         yield _row(report, result)
     if result.choices:
-        yield "K x N to output, rows: sparse and dense -> form"
+        yield from ("", "K x N to output, rows: sparse and dense -> form", "")
     for choice in result.choices:
-        yield f"{choice.k}x{choice.n} to {choice.output}, {times([choice])} -> {choice.form}"
+        yield f"- {choice.k}x{choice.n} to {choice.output}, {times([choice])} -> {choice.form}"
     for form, problem in dict.fromkeys((m.form, m.problem) for c in result.choices for m in c.measured if m.problem):
-        yield f"{form}: {problem}"
-    yield from (f"verdict: {result.verdict}", f"parity: {result.parity}", f"seconds: {dict(result.seconds)}")
-    if result.kernels:
-        yield f"kernels: {', '.join(result.kernels)}"
-    if result.skipped:
-        yield f"not reached: {', '.join(result.skipped)}"
+        yield f"- {form}: {problem}"
+    if result.profiles:
+        yield from ("", "Kernels of the sparse engine's products, by the profiler", "")
+    for shape, run in result.profiles.items():
+        yield f"- {shape}: {_kernels_in_words(run)}"
     yield ""
+
+
+def _in_words(report: ParityReport) -> str:
+    """The verdict of a comparison, and both values of the metric."""
+    verdict = "passed" if report.passed else f"FAILED ({report.reason or 'see the JSON'})"
+    engine = "no value" if report.engine_value is None else f"{report.engine_value:.4f}"
+    name = Path(report.engine).name
+    return f"{name} {verdict}; {report.metric} {engine}, checkpoint {report.reference_value:.4f}"
+
+
+def _kernels_in_words(run: ProfiledRun) -> str:
+    """How many products ran a sparse INT8 kernel, and the names of all kernels with the number of their products."""
+    names = [sorted({kernel.name for kernel in kernels}) for kernels in run.products.values()]
+    sparse = sum(any(_is_sparse(name) for name in each) for each in names)
+    shown = [f"{name} ({count})" for name, count in Counter(name for each in names for name in each).most_common()]
+    return f"{sparse} of {len(names)} products ran a sparse INT8 kernel; {', '.join(shown) or 'no kernel was seen'}"
+
+
+def _is_sparse(name: str) -> bool:
+    kernel = kernel_named(name)
+    return kernel is not None and kernel.sparse and kernel.integer
 
 
 def _row(report: BenchReport, result: Result) -> str:
@@ -370,10 +443,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=400, help="seconds; what was not reached is listed")
     parser.add_argument("--models", default="bert-base,minilm,bert-large", help=f"of {', '.join(MODELS)}; '' for none")
     parser.add_argument("--checkpoint", action="append", default=[], help="a compressed checkpoint; may be repeated")
+    parser.add_argument("--data", help="labelled rows, such as a dev.tsv: checkpoints are compared on them, too")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="batch x sequence; the first matter most")
     parser.add_argument("--layers", type=int, help="of the models, fewer than they have: export takes less time")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--compile", action="store_true", help="Hugging Face's model compiled, too (minutes)")
+    parser.add_argument(
+        "--compile",
+        type=int,
+        default=1,
+        help="at how many shapes, the first ones, Hugging Face's model is compiled, too",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-engine-twins"), help="checkpoints, graphs, engines")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with exact integers: times mean nothing")
     options = parser.parse_args(arguments)
@@ -397,7 +476,7 @@ def measure_all(options: argparse.Namespace, machine: Machine) -> int:
     make_directory(options.out)
     shapes = tuple(shape_of(text) for text in options.shapes.split(","))
     until = began + options.budget
-    plan = Plan(shapes, options.rounds, options.out, options.work, until, options.compile, machine)
+    plan = Plan(shapes, options.rounds, options.out, options.work, until, options.compile, machine, options.data)
     results: list[Result] = []
     skipped: list[str] = []
 
@@ -415,14 +494,28 @@ def measure_all(options: argparse.Namespace, machine: Machine) -> int:
             measuring = Measuring(subject, plan)
             results.append(measuring.run())
             measuring = None
+            _write(results, skipped, plan)
     except KeyboardInterrupt:
         results += [measuring.result] if measuring is not None else []
         skipped.append("what came after a signal")
     signal.signal(signal.SIGTERM, before)
-    page = tables(results) + (f"\nnot reached: {', '.join(skipped)}" if skipped else "")
-    write_atomic(options.out / f"{machine.facts['gpu'].replace(' ', '-').lower()}-cusparselt.md", f"{page}\n")
-    print(page, flush=True)
+    _write(results, skipped, plan)
+    lines = tables(results)
+    print("\n".join(lines)[:TABLE_CHARACTERS], *_not_reached(skipped), sep="\n", flush=True)
     return 0 if any(result.bench for result in results) else 1
+
+
+def _write(results: Sequence[Result], skipped: Sequence[str], plan: Plan) -> None:
+    """The page of docs/gpu, beside the JSON files."""
+    facts = plan.machine.facts
+    versions = {"torch": facts["torch"], "CUDA": facts["cuda"], "cuSPARSELt": facts["cusparselt"]}
+    raw = [f"{result.subject.name}.json" for result in results]
+    sections = ["\n".join(_table(result)) for result in results]
+    write_page(plan.out, "twins", facts["gpu"], versions, [*sections, *_not_reached(skipped)], raw)
+
+
+def _not_reached(skipped: Sequence[str]) -> list[str]:
+    return [f"not reached: {', '.join(skipped)}"] if skipped else []
 
 
 if __name__ == "__main__":

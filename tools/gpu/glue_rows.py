@@ -31,6 +31,7 @@ from nxm_export.progress import silent
 from nxm_export.storage.atomic import atomic_dir, make_directory
 from nxm_export.storage.json_files import encode, read_record
 from tools import provenance
+from tools.gpu import transfers
 from tools.gpu.half_precision import as_float, as_half
 from tools.results import tasks
 from tools.results.rows import rows_named
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from tools.results.store import TaskStore
 
 SCHEMA, PLAN_FILE, ARCHIVE = "nxm-gpu-rows/1", "rows.json", "rows.tar.gz"
-MOST_MIB = 62  # of a transfer of 64, with room for the tree itself
+WHOLE = "rows.tar"  # what is cut into pieces
+_AGAIN = "make it again: python -m tools.gpu.glue_rows pack --out"
 ROWS = "dense,admm-2:4+W4-averaged,obs-refit-2:4+W4-averaged,obs-2:4+W4-averaged"
 # What docs/comparison.md says that dense models train with; others are named as NAME:RATE:EPOCHS.
 DENSE = {"mrpc": (1e-4, 3.0), "cola": (1e-4, 6.0), "rotten_tomatoes": (5e-5, 3.0)}
@@ -94,10 +96,8 @@ class Unit:
 
 
 def pack(model: Path, data: Path | None, plan: RowsPlan, out: Path) -> Path:
-    """A folder that fits into a transfer: the pretrained encoder as FP16, the data of the tasks, the plan.
-
-    Raises `DataError` where it is too large for one.
-    """
+    """A folder that travels: the pretrained encoder as FP16, the data of the tasks, the plan; in pieces where all of it
+    is too large for a transfer."""
     with atomic_dir(out, replace_any=True) as scratch:
         as_half(model, scratch / "model")
         for task in plan.tasks:
@@ -107,10 +107,42 @@ def pack(model: Path, data: Path | None, plan: RowsPlan, out: Path) -> Path:
             source = data / FOLDERS[kind.name] if kind.glue and data is not None else None
             tasks.prepare(kind, source, scratch / "data" / task.name)
         (scratch / PLAN_FILE).write_text(encode(plan, SCHEMA), encoding="utf-8")
-        mib = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) / 2**20
-        if mib > MOST_MIB:
-            raise DataError(f"{out} would have {mib:.0f} MiB, and {MOST_MIB} travel at a time; give fewer --tasks")
-    print(f"{out}: {mib:.1f} MiB, {len(plan.seeds) * len(plan.tasks)} units of {plan.rows}")
+        mib = transfers.mib_of(scratch)
+        if mib > transfers.PART_MIB:
+            _cut(scratch)
+    pieces = transfers.sizes_in_words(out)
+    print(f"{out}: {mib:.1f} MiB, {len(plan.seeds) * len(plan.tasks)} units of {plan.rows}", *pieces, sep="\n")
+    return out
+
+
+def _cut(scratch: Path) -> None:
+    """Put pieces of one archive in the place of what it holds."""
+    whole = [*scratch.iterdir()]
+    archive = scratch / WHOLE
+    with tarfile.open(archive, "w") as stream:
+        for path in whole:
+            stream.add(path, path.name)
+    transfers.cut({WHOLE: archive}, scratch)
+    archive.unlink()
+    for path in whole:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def joined(packed: Path, work: Path) -> Path:
+    """What `pack` made, put together under `work` where it came in pieces; raises `DataError` while one is missing."""
+    if (packed / PLAN_FILE).is_file() or not (packed / transfers.MANIFEST).is_file():
+        return packed
+    out = work / "packed"
+    if not out.is_dir():
+        (carried,) = transfers.read_manifest(packed, f"{_AGAIN} {packed}").files
+        if missing := carried.missing(packed):
+            raise DataError(f"{packed}: {', '.join(missing)} did not come yet; send the folders one by one")
+        make_directory(work)
+        with atomic_dir(out) as scratch:
+            carried.join(packed, scratch / WHOLE)
+            with tarfile.open(scratch / WHOLE) as archive:
+                archive.extractall(scratch, filter="data")
+            (scratch / WHOLE).unlink()
     return out
 
 
@@ -118,17 +150,17 @@ class Runner:
     """Measures units until the budget is spent."""
 
     def __init__(self, packed: Path, options: argparse.Namespace) -> None:
-        self.began, self.packed, self.options = time.monotonic(), packed, options
-        way_out = f"make it again: python -m tools.gpu.glue_rows pack --out {packed}"
-        self.plan = read_record(packed / PLAN_FILE, RowsPlan, schema=SCHEMA, way_out=way_out)
+        self.began, self.options = time.monotonic(), options
         self.work: Path = options.work
+        self.packed = joined(packed, self.work)
+        self.plan = read_record(self.packed / PLAN_FILE, RowsPlan, schema=SCHEMA, way_out=f"{_AGAIN} {packed}")
         self.results = self.work / "results"
         if not self.results.is_dir():
             make_directory(self.work)
             if (packed / "results").is_dir():
                 shutil.copytree(packed / "results", self.results)
         if not (self.work / "model").is_dir():
-            as_float(packed / "model", self.work / "model")
+            as_float(self.packed / "model", self.work / "model")
         self.longest = 0.0
 
     def run(self) -> list[Unit]:

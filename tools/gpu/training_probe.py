@@ -25,11 +25,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
+from nxm_export.errors import DataError, NxmError
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.json_files import convert, to_json_object
 from tools.gpu.half_precision import WEIGHTS, as_float, as_half
+from tools.gpu.pages import write_page
+from tools.gpu.transfers import require_fits
+from tools.rendering import table
 
 DATA = ("train.tsv", "dev.tsv")
+FILE = "training_probe.json"
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,9 @@ class Probe:
 
     def flush(self) -> None:
         """Write what there is."""
-        write_atomic(self.out / "training_probe.json", json.dumps(asdict(self.report), indent=1, default=str) + "\n")
+        write_atomic(self.out / FILE, json.dumps(asdict(self.report), indent=1, default=str) + "\n")
+        gpu = self.report.gpu or "stand-in"
+        write_page(self.out, "training", gpu, {"torch": self.report.torch}, sections(self.report), [FILE])
 
     def _compress(self, request: Request, outcome: Outcome) -> None:
         import torch
@@ -252,6 +259,26 @@ class Probe:
         outcome.peak_mib = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
 
 
+def sections(report: Report) -> list[str]:
+    """What the page says: every compression, how alike those of both devices are, and where steps wait."""
+    rows = []
+    for name, run in report.runs.items():
+        rates = ", ".join(f"{what} {phase.per_second}" for what, phase in run.phases.items() if phase.per_second)
+        scores = ", ".join(f"{key} {value}" for key, value in run.metrics.items() if isinstance(value, float))
+        rows.append([name, str(run.seconds), rates, str(run.peak_mib), scores, run.error or run.skipped or ""])
+    head = ["compression", "seconds", "steps a second", "MiB at most", "metrics", "error"]
+    pairs = [
+        f"- {name}: {like.equal_masks:.4%} of masks and {like.equal_weights:.4%} of weights are the CPU's, largest "
+        f"difference {like.largest_difference:.3g}"
+        for name, like in report.alike.items()
+    ]
+    waits = [f"- {count} times at {line}" for line, count in report.waits.items()]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") or "-" for cell in row] for row in rows]
+    made = [table(cells, head, "lrlrll")]
+    made += ["\n".join(["## Against the CPU", "", *pairs])] if pairs else []
+    return made + (["\n".join(["## Where steps wait for the device", "", *waits])] if waits else [])
+
+
 def alike(ours: Path, theirs: Path) -> Alike:
     """Compare two safetensors files, matrices outside the embeddings."""
     from safetensors.torch import load_file
@@ -271,11 +298,18 @@ def alike(ours: Path, theirs: Path) -> Alike:
 
 
 def pack(run: Path, data: Path, out: Path) -> Path:
-    """A directory that fits into a transfer: a finished run's dense model, as FP16, and its data."""
+    """A directory that fits into a transfer: a finished run's dense model, as FP16, and its data.
+
+    Raises `DataError` where it does not fit, or where the run lacks any of it.
+    """
+    for file in (*(data / name for name in DATA), run / "dense" / WEIGHTS):
+        if not file.is_file():
+            raise DataError(f"{file} is not there; give a finished run, and --data with {' and '.join(DATA)}")
     with atomic_dir(out, replace_any=True) as scratch:
         for name in DATA:
             shutil.copy(data / name, scratch / name)
         as_half(run / "dense", scratch / "dense")
+        require_fits(scratch, out, "pack a run of a smaller model, or with --data that has fewer rows")
     return out
 
 
@@ -313,7 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running.add_argument("--cpu-only", action="store_true", help="rehearse without a GPU")
     options = parser.parse_args(arguments)
     if options.command == "pack":
-        print(pack(options.run, options.data or options.run / "data", options.out))
+        try:
+            print(pack(options.run, options.data or options.run / "data", options.out))
+        except NxmError as error:
+            print(f"tools.gpu.training_probe: {error}", file=sys.stderr)
+            return 1
         return 0
     import torch
 

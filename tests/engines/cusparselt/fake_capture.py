@@ -19,6 +19,7 @@ class FakeCapture:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream, self.recording, self.pools, self.fails = self.OWN, set[tuple[int, int]](), 0, False
+        self.modes: list[str] = []
         for name, made in {
             "current_stream": lambda: self.stream,
             "current_device": lambda: 0,
@@ -52,7 +53,10 @@ class FakeCapture:
             self.stream = before
 
     @contextmanager
-    def _graph(self, graph: FakeGraph, pool: tuple[int, int] | None = None) -> Iterator[None]:
+    def _graph(
+        self, graph: FakeGraph, pool: tuple[int, int] | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        self.modes.append(capture_error_mode)
         pool, before = pool or self._handle(), self.stream
         self.stream = "the graph's stream"
         if pool in self.recording:

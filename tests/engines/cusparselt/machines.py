@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,7 +71,10 @@ class Priced(IntegerReferenceKernels):
         y = super().sparse(packed, x, out, alpha, bias, algorithm, transposed=transposed)
         return y * 0 if name in self._wrong else y
 
-    def microseconds(self, call: Callable[[], Tensor]) -> Taken:
+    def microseconds(self, calls: Sequence[Callable[[], Tensor]]) -> list[Taken]:
+        return [self._priced(call) for call in calls]
+
+    def _priced(self, call: Callable[[], Tensor]) -> Taken:
         call()
         return Taken(self._price, self._in_graph)
 

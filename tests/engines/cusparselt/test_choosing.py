@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -98,6 +99,24 @@ def test_a_lost_gpu_ends_the_build() -> None:
 
     with pytest.raises(EngineError, match="the GPU stopped this process"):
         choose(Lost())
+
+
+def test_too_little_memory_is_an_error_that_names_the_product() -> None:
+    from nxm_export.errors import EngineError
+
+    class Full(IntegerReferenceKernels):
+        def dense(self, x: object, weight: object) -> NoReturn:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(EngineError, match=r"of 64 x 72 with 72 x 40 failed .*: CUDA out of memory.* smaller profiles"):
+        choose(Full())
+
+
+def test_no_clock_at_all_ends_the_build() -> None:
+    from nxm_export.errors import EngineError
+
+    with pytest.raises(EngineError, match="could be timed: the clock gave nan us"):
+        choose(Priced(float("nan"), {}))
 
 
 def test_never_measures_nothing() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +31,8 @@ def _pretend(
         return version
 
     monkeypatch.setattr(machine, "version", installed)
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: _loaded(name, driver))
+    monkeypatch.setenv("PATH", "")  # a container may have a driver without its tools
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -39,6 +40,12 @@ def _pretend(
     monkeypatch.setattr(
         torch.backends, "cusparselt", SimpleNamespace(is_available=lambda: library, version=lambda: 800)
     )
+
+
+def _loaded(name: str, driver: bool) -> None:
+    assert name == "libcuda.so.1"
+    if not driver:
+        raise OSError(f"{name}: cannot open shared object file")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from click.testing import CliRunner
@@ -127,6 +127,23 @@ def test_a_driver_s_tool_without_a_driver_is_no_gpu(
     assert environment._gpu().startswith(said)
     if shutil.which("nvidia-smi", path=os.defpath) is None:
         assert "without an NVIDIA GPU (" in str(environment.missing_for("trt"))
+
+
+def test_a_gpu_is_found_by_its_driver_where_the_driver_s_tool_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engines.tensorrt import cuda_driver
+    from nxm_export.errors import EngineUnavailable
+
+    facts = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "driver": "580.159.03", "cuda": "13.0"}
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(cuda_driver, "device_facts", lambda: facts)
+    monkeypatch.setattr(cuda_driver, "device_memory", lambda: 143771 * 2**20)
+    assert environment._gpu() == "NVIDIA H200, 9.0, 580.159.03, 143771 MiB"
+
+    def absent() -> NoReturn:
+        raise EngineUnavailable("libcuda.so.1 is not on this machine")
+
+    monkeypatch.setattr(cuda_driver, "device_facts", absent)
+    assert environment._gpu().startswith("no NVIDIA driver found (nvidia-smi is not there)")
 
 
 def test_names_of_kernels_that_are_no_text_are_refused_by_file(tmp_path: Path) -> None:

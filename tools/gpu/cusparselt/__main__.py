@@ -18,13 +18,21 @@ from nxm_export.storage.atomic import make_directory, write_atomic
 from tools.gpu import cusparselt
 from tools.gpu.cusparselt import encoder_layer, gemms
 from tools.gpu.cusparselt.encoder_layer import LayerBench, LayerTimes
-from tools.gpu.cusparselt.gemms import Gemm, GemmBench, products_of
+from tools.gpu.cusparselt.gemms import LEAST_GAIN, Gemm, GemmBench, products_of, verdict_rows
 from tools.gpu.cusparselt.products import Products
 from tools.gpu.cusparselt.timing import ContextLost, Problem, Timer
+from tools.gpu.pages import as_text, write_page
 
 MODELS = {"tiny": (128, 512), "minilm": (384, 1536), "bert-base": (768, 3072), "bert-large": (1024, 4096)}
 LAYERS = {4096: (32, 128), 16384: (128, 128), 49152: (128, 384), 1024: (8, 128), 128: (1, 128)}  # rows: batch, length
 TABLE_CHARACTERS = 10_500  # of the output's end
+TAIL = "problems and kernels"
+VERDICTS = (
+    "Both write int32, `_int_mm` and cuSPARSELt, and the 2:4 result is exact. 2:4 pays from an M on where it is faster "
+    f"at that M and at every larger one that was measured, by {100 * (LEAST_GAIN - 1):.0f} % or more. *Scale and bias "
+    "inside* compares the fastest form that has them in the product with the dense product alone, which has yet to be "
+    "scaled."
+)
 
 
 @dataclass
@@ -122,6 +130,7 @@ class Probe:
         self.report.clocks.append(clocks())
         self.report.seconds = round(time.monotonic() - self.began, 1)
         self.flush()
+        write_report(self.report, self.options.out)
 
     def flush(self) -> None:
         """Write what there is; NaN, which JSON does not have, is a text."""
@@ -160,8 +169,9 @@ class Probe:
             self.report.problems.append(Problem.of(str(job), error))
         row.seconds = round(time.monotonic() - began, 2)
         self.flush()
-        shown = {"microseconds": row.microseconds, "failed": row.failed}
-        print(f"{time.monotonic() - self.began:4.0f} s  {job}", json.dumps(shown), flush=True)
+        write_report(self.report, self.options.out)
+        came = {"microseconds": row.microseconds, "failed": row.failed}
+        print(f"{time.monotonic() - self.began:4.0f} s  {job}", json.dumps(came), flush=True)
 
 
 def clocks() -> str:
@@ -176,8 +186,29 @@ def clocks() -> str:
     return done.stdout.strip()
 
 
-def tables(report: Report) -> str:
-    """The end of the output: layers first, then products in the order measured, as many as fit."""
+def write_report(report: Report, file: Path) -> Path:
+    """The page of docs/gpu, beside the JSON file."""
+    rows = verdict_rows(report.gemms)
+    verdicts = ["| product | K x N | M measured | 2:4 pays | largest gain | over FP16 there | scale and bias inside |"]
+    verdicts += ["|---|---|---|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
+    facts = {"torch": report.torch, "cuSPARSELt": str(report.cusparselt), "clocks": "; ".join(report.clocks)}
+    sections = ["## Sparse against dense", VERDICTS, "\n".join(verdicts), "## All times", as_text(tables(report))]
+    gpu = "stand-in" if report.rehearsed else str(report.gpu)
+    return write_page(file.parent, "products", gpu, facts, sections, [file.name])
+
+
+def shown(report: Report) -> str:
+    """The end of the output: verdicts, then what fits of the tables."""
+    lines = ["2:4 pays: product | K x N | M | from M on | largest gain | over FP16 | scale and bias inside"]
+    lines += [" | ".join(row) for row in verdict_rows(report.gemms)]
+    all_lines = tables(report)
+    tail = all_lines[all_lines.index(TAIL) :]
+    text = "\n".join([*lines, *all_lines[: -len(tail)]])
+    return "\n".join([text[: TABLE_CHARACTERS - sum(len(line) + 1 for line in tail)], *tail])
+
+
+def tables(report: Report) -> list[str]:
+    """Layers first, then products in the order measured, then what failed, and kernels."""
     ways = (encoder_layer.FP16, encoder_layer.FP8, encoder_layer.INT8, encoder_layer.SPARSE_I32, encoder_layer.SPARSE)
     lines = [f"{report.gpu}, torch {report.torch}, cuSPARSELt {report.cusparselt}, {report.seconds} s; {report.clocks}"]
     lines += ["", "layer, us: " + " | ".join(ways) + " | speed-ups | errors"]
@@ -198,10 +229,9 @@ def tables(report: Report) -> str:
         )
     problems = list(dict.fromkeys(f"{problem.at}: {problem.error}" for problem in report.problems))
     kernels = [f"{way}: {name}" for gemm in report.gemms for way, names in gemm.kernels.items() for name in names]
-    tail = ["", *(f"problem {text[:200]}" for text in problems[:8]), *list(dict.fromkeys(kernels))[:14]]
+    tail = [TAIL, *(f"problem {text[:200]}" for text in problems[:8]), *list(dict.fromkeys(kernels))[:14]]
     tail += [f"not reached: {', '.join(report.skipped)}"] if report.skipped else []
-    head = "\n".join(lines)[: TABLE_CHARACTERS - sum(len(line) + 1 for line in tail)]
-    return "\n".join([head, *tail])
+    return [*lines, *tail]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probe = Probe(options)
     probe.run()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print(tables(probe.report), flush=True)
+    print(shown(probe.report), flush=True)
     return 0 if any(gemms.SPARSE in gemm.microseconds for gemm in probe.report.gemms) else 1
 
 

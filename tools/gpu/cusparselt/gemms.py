@@ -7,7 +7,7 @@ dense has the same peak with scale and bias inside, and stands for an INT8 dense
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,9 @@ FP16, FP8, INT8, SPARSE, SPARSE_F16, SPARSE_I8 = (
     "fp16 dense", "fp8 dense", "int8 dense, int32", "int8 2:4, int32", "int8 2:4, fp16", "int8 2:4, int8",
 )  # fmt: skip
 FP16_SPARSE, DEFAULT_ALGORITHM = "fp16 2:4", "int8 2:4, int32, default algorithm"
+LEAST_GAIN = 1.03  # times faster: medians of few replays show less by chance
+RIGHT = 0.02  # the largest relative error of a form that counts
+ON_DEVICE = ("graph", "profiler")  # clocks without the host's launches
 PROFILED_AT = 4096  # rows at which kernel names are asked for
 
 
@@ -183,6 +186,52 @@ class GemmBench:
 
     def _fail(self, way: str, error: Exception) -> None:
         self.gemm.failed[way] = Problem.of(way, error).error
+
+
+def gain(gemm: Gemm, way: str) -> float | None:
+    """How many times faster a way is than the dense INT8 product; None where one of them is wrong, or both were not
+    timed alike, without the host's launches."""
+    sparse, dense = gemm.microseconds.get(way), gemm.microseconds.get(INT8)
+    right = gemm.deviations.get(way, 1.0) <= (0 if way == SPARSE else RIGHT)  # NaN is not
+    exact = gemm.deviations.get("int_mm against float64") == 0
+    alike = gemm.timed_by.get(way) == gemm.timed_by.get(INT8) in ON_DEVICE
+    return dense / sparse if sparse and dense and right and exact and alike else None
+
+
+def verdict_rows(gemms: Sequence[Gemm]) -> list[list[str]]:
+    """Of every product of every model: its name, K x N, the numbers of rows, from which of them on 2:4 pays, its
+    largest gain over dense INT8, what it is over dense FP16 there, and the largest gain of forms with scale and bias
+    inside."""
+    grouped: dict[tuple[str, str], list[Gemm]] = {}
+    for gemm in sorted(gemms, key=lambda gemm: gemm.m):
+        grouped.setdefault((gemm.model, gemm.name), []).append(gemm)
+    return [
+        [f"{model} {name}", f"{of[0].k}x{of[0].n}", ", ".join(str(gemm.m) for gemm in of), pays(of), *_largest(of)]
+        for (model, name), of in grouped.items()
+    ]
+
+
+def pays(gemms: Sequence[Gemm]) -> str:
+    """From which number of rows on 2:4 pays, of one product at several numbers of rows in rising order."""
+    gains = [(gemm.m, gain(gemm, SPARSE)) for gemm in gemms]
+    known = [(m, faster) for m, faster in gains if faster is not None]
+    if len(known) < len(gains):
+        missing = ", ".join(str(m) for m, faster in gains if faster is None)
+        return f"no verdict: at M {missing} one of the two is wrong, or has no time of the device alone"
+    losing = max((m for m, faster in known if not faster >= LEAST_GAIN), default=0)
+    beyond = [m for m, _ in known if m > losing]
+    return f"from M = {beyond[0]} on" if beyond else f"no: not at M = {losing}"
+
+
+def _largest(gemms: Sequence[Gemm]) -> list[str]:
+    known = [(faster, gemm) for gemm in gemms if (faster := gain(gemm, SPARSE)) is not None]
+    inside = [faster for gemm in gemms for way in (SPARSE_F16, SPARSE_I8) if (faster := gain(gemm, way)) is not None]
+    shown = ["-", "-"]
+    if known:
+        faster, best = max(known, key=lambda pair: pair[0])
+        half = best.microseconds.get(FP16) if best.timed_by.get(FP16) == best.timed_by[SPARSE] else None
+        shown = [f"{faster:.2f}x at {best.m}", f"{half / best.microseconds[SPARSE]:.2f}x" if half else "-"]
+    return [*shown, f"{max(inside):.2f}x" if inside else "-"]
 
 
 def fp8_product(x: Tensor, weight: Tensor, scale_x: Tensor, scale_weight: Tensor, bias: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from engines.cusparselt.capturing import capturing
 
 Call = Callable[[], object]
+IDLE_S, WARM_UP_S = 0.5, 0.3  # a compilation leaves the GPU without work for longer, and its clocks fall
 _LOST = ("illegal memory", "launch failure", "device-side assert", "misaligned address", "illegal instruction")
 
 
@@ -54,16 +55,14 @@ class Timer:
     def __init__(self, device: str, calls: int, replays: int, problems: list[Problem]) -> None:
         self.device, self.calls, self.replays, self.problems = device, calls, replays, problems
         self._no_graph: set[str] = set()  # kinds of calls whose capture failed once
+        self._last = 0.0  # when the GPU was kept busy last
 
     def warm_up(self) -> None:
         """Keep the GPU busy for a second: clocks rise from idle."""
         if self.device == "cpu":
             return
         square = torch.randn(8192, 8192, device=self.device, dtype=torch.float16)
-        began = time.monotonic()
-        while time.monotonic() - began < 1.0:
-            square @ square
-            torch.cuda.synchronize()
+        self._busy(lambda: square @ square, 1.0)
 
     def time(self, kind: str, copies: Sequence[Call]) -> Timing:
         """Time a call, given once for each copy of its operands; `kind` names calls that a graph can hold or not,
@@ -76,6 +75,14 @@ class Timer:
         many = [copies[number % len(copies)] for number in range(self.calls)]
         _run(copies)
         torch.cuda.synchronize()
+        if time.monotonic() - self._last > IDLE_S:  # as behind a compilation: what comes next would seem slow
+            self._busy(lambda: _run(copies), WARM_UP_S)
+        try:
+            return self._timed(kind, copies, many)
+        finally:
+            self._last = time.monotonic()
+
+    def _timed(self, kind: str, copies: Sequence[Call], many: Sequence[Call]) -> Timing:
         eager = self._median(lambda: _run(many), len(many), 5)
         if kind not in self._no_graph:
             try:
@@ -89,6 +96,13 @@ class Timer:
             self.problems.append(Problem.of(f"profile of {kind}", error))
             kernels = 0.0
         return Timing(kernels, eager, "profiler") if kernels else Timing(eager, eager, "eager")
+
+    def _busy(self, call: Call, seconds: float) -> None:
+        began = time.monotonic()
+        while time.monotonic() - began < seconds:
+            call()
+            torch.cuda.synchronize()
+        self._last = time.monotonic()
 
     def kernel_times(self, call: Call) -> list[tuple[str, float]]:
         """Name and microseconds of every kernel that a call launches; none without a GPU."""

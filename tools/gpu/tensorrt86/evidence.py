@@ -10,6 +10,7 @@ the first two steps in 330 seconds.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools import ROOT
+from tools.gpu.pages import write_page
 from tools.gpu.tensorrt86 import PLACE, PYTHON310, SITE312
+from tools.rendering import table
 
 _FIRST = "128x128+32x128+8x128+1x128"
 VARIANTS = (
@@ -45,6 +48,40 @@ def collect(work: Path, out: Path) -> None:
         with tarfile.open(out / "raw.tgz", "w:gz") as archive:
             archive.add(out / "raw", "raw")
         shutil.rmtree(out / "raw")
+
+
+def write_report(out: Path) -> Path | None:
+    """The page of docs/gpu from ``engines.json``; None where no engine came that far."""
+    file = out / "engines.json"
+    if not file.is_file():
+        return None
+    report = json.loads(file.read_text(encoding="utf-8"))
+    engines, times, errors = [], [], []
+    for step in report["steps"]:
+        name = step["variant"]
+        errors += [f"- {name}: {error}" for error in step["errors"]]
+        for twin, engine in step["engines"].items():
+            share, apart = engine["sparse_share"], engine["deviations"]
+            proved = "-" if share is None else f"{share:.1%}"
+            largest = ", ".join(f"{key} {value:.3g}" for key, value in apart.items()) or "-"
+            counts = ", ".join(f"{count} {reason}" for reason, count in engine["counts"].items()) or "-"
+            engines.append([name, twin, str(engine["build_seconds"]), proved, counts, largest])
+            errors += [f"- {name} {twin}: {error}" for error in engine["errors"]]
+        bench = step["bench"] or {"timings": [], "ratios": []}
+        ratios = {(each["name"], each["batch"], each["sequence"]): each for each in bench["ratios"]}
+        for each in bench["timings"]:
+            ratio = ratios.get((each["name"], each["batch"], each["sequence"]))
+            over = "-" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(ratio["speedup"], *ratio["interval"])
+            times.append([name, f"{each['batch']}x{each['sequence']}", each["name"], f"{each['median']:.4f}", over])
+    sections = [
+        table(engines, ["model", "twin", "build, s", "proven sparse", "matrices", "differs from PyTorch"], "llrrll"),
+        table(times, ["model", "shape", "twin", "ms", "times as fast as the dense twin"], "lllrr"),
+        *(["\n".join(["## Errors", "", *errors])] if errors else []),
+    ]
+    device = report["device"]
+    versions = {"TensorRT": report["tensorrt"], "CUDA of the driver": device.get("cuda", "unknown")}
+    raw = [name for name in ("engines.json", "logs.tgz", "raw.tgz") if (out / name).is_file()]
+    return write_page(out, "tensorrt86", device.get("gpu", "unknown GPU"), versions, sections, raw)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
             making.terminate()
             making.wait()
     collect(work, options.out)
+    write_report(options.out)
     print(f"{time.monotonic() - began:.0f} s; {options.out / 'engines.json'}", flush=True)
     return status
 

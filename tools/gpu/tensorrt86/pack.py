@@ -29,9 +29,10 @@ from pathlib import Path
 from tools import ROOT
 from tools.gpu.tensorrt86 import BASE, FOLDER, LIBRARIES, MANIFEST, VERSION
 from tools.gpu.tensorrt86.manifest import Chunk, Manifest, Member, sha256_of
+from tools.gpu.transfers import PART_MIB
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nxm-export" / "tensorrt86"
-CHUNK_BYTES = 56 << 20
+CHUNK_BYTES = PART_MIB << 20
 SITE310 = (
     "numpy<2",
     "onnx==1.23.*",

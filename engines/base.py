@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from nxm_export.contract.choices import HINT, HINTS, SPARSE_KERNELS
+from nxm_export.contract.choices import HINT, HINTS, SPARSE_USE, SPARSE_USES, SparseUse
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
@@ -124,12 +124,13 @@ class BuildOptions:
     takes any. Raises `EngineError` for sizes below 1, for more than `MOST_SHAPES`, and for a number of threads that no
     machine has.
     `profiles` default to some that together take every length, with at most `max_batch_tokens` (rows x tokens) in a
-    batch; `sparse` allows sparse kernels; `level` is the builder's optimization
+    batch; `sparse` is where sparse kernels may run: ``auto`` where they are faster, ``never`` nowhere, ``always``, for
+    backends with `BackendCapabilities.always_sparse`, for every 2:4 matrix that has one, even where dense is faster;
+    `level` is the builder's optimization
     level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
     the builder lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error
     with `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
-    `always_sparse` is for backends with that capability: no dense kernel for a 2:4 matrix that has a sparse one, even
-    where it is faster; `fuse` lets ``cusparselt`` compile what lies between products (torch.compile) when it is loaded.
+    `fuse` lets ``cusparselt`` compile what lies between products (torch.compile) when it is loaded.
     `oldest_onnxruntime` is for ``ort``: the oldest version, such as ``1.19``, that is to load the engine (None = the
     installed one).
     `twin` names the engine's part in a comparison (see `nxm build --twins`).
@@ -139,8 +140,7 @@ class BuildOptions:
     shapes: Sequence[tuple[int, int]] = ()
     profiles: Sequence[Profile] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
-    sparse: bool = SPARSE_KERNELS
-    always_sparse: bool = False
+    sparse: SparseUse = SPARSE_USE
     fuse: bool = True
     oldest_onnxruntime: str | None = None
     level: int | None = None
@@ -153,6 +153,8 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         _require_threads(self.threads)
+        if self.sparse not in SPARSE_USES:
+            raise EngineError(f"sparse kernels are for {', '.join(SPARSE_USES)}, got {self.sparse!r}")
         different = dict.fromkeys(self.shapes)
         empty = next((shape for shape in different if min(shape) < 1), None)
         if empty is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
+from nxm_export.contract.choices import SPARSE_USE, SparseUse
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -35,7 +36,6 @@ T = TypeVar("T")
 SCHEMA = "nxm-passport/2"
 _LARGEST = 2**20  # rows or tokens of a compiled shape
 _LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
-_FLAGS = (("always_sparse", True, "--always-sparse"), ("fuse", False, "--no-fuse"))  # options that are flags
 PASSPORT_FILE = "passport.json"
 
 
@@ -179,6 +179,11 @@ class EnginePassport:
     def twin(self) -> str | None:
         """The engine's part in a comparison of twins (see `nxm build --twins`)."""
         return self.text_option("twin")
+
+    @property
+    def sparse(self) -> SparseUse:
+        """Where sparse kernels were allowed."""
+        return _known_options({"sparse": self.options.get("sparse")}, PASSPORT_FILE).sparse or SPARSE_USE
 
     @property
     def built_on(self) -> str:
@@ -362,9 +367,10 @@ class EnginePassport:
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
         for batch, sequence in self.shapes:
             parts += ["--shape", f"{batch}x{sequence}"]
-        if self.options.get("sparse") is False:
-            parts.append("--no-sparse")
-        parts += [flag for name, value, flag in _FLAGS if self.options.get(name) is value]
+        if self.sparse != SPARSE_USE:
+            parts += ["--sparse", self.sparse]
+        if self.options.get("fuse") is False:
+            parts.append("--no-fuse")
         workspace, route = self.whole_option("workspace_bytes"), self.text_option("build_route")
         numbers = {
             "--level": self.whole_option("level"),
@@ -456,8 +462,7 @@ class _KnownOptions:
     shapes: tuple[tuple[int, int], ...] = ()
     shapes_bytes: int | None = None
     disabled_optimizers: tuple[str, ...] = ()
-    sparse: bool | None = None
-    always_sparse: bool | None = None
+    sparse: SparseUse | None = None
     fuse: bool | None = None
     level: int | None = None
     workspace_bytes: int | None = None

@@ -27,7 +27,7 @@ from engines.base import (
     require_within,
     spec_of,
 )
-from engines.cusparselt.choosing import SparseUse, choices_for, rows_of
+from engines.cusparselt.choosing import choices_for, rows_of
 from engines.cusparselt.executor import KNOWN, Executor, compiler
 from engines.cusparselt.machine import Machine, this_machine
 from engines.cusparselt.profiling import ProfiledRun, profiled, read_profile, save_profile
@@ -110,22 +110,24 @@ def build_on(machine: Machine, onnx: str | Path, out: Path, options: BuildOption
     verify_model(model, str(onnx)).require()
     profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model), options.max_batch_tokens)
     made, kernels = lowered(model, str(onnx)), machine.kernels
-    use: SparseUse = "never" if not options.sparse else "always" if options.always_sparse else "auto"
     compiled = compiler(kernels, fuse=options.fuse)
-    choices = choices_for(made.program, made.tensors, kernels, rows_of(profiles), use, compiled, options.progress)
+    choices = choices_for(
+        made.program, made.tensors, kernels, rows_of(profiles), options.sparse, compiled, options.progress
+    )
     program = made.with_choices(choices).program
     data = to_bytes(program, made.tensors)
     _require_running(program, data, machine, onnx)
     (out / ENGINE_FILE).write_bytes(data)
     copy_companions(onnx.parent, out)
-    target = SparsityTarget(NAME, machine.facts["cusparselt"], machine.facts["compute_capability"], use != "never")
+    target = SparsityTarget(
+        NAME, machine.facts["cusparselt"], machine.facts["compute_capability"], options.sparse != "never"
+    )
     write_weight_facts(out, model, target)
     facts = BuildFacts(
         device={"kind": kernels.kind, **machine.facts},
         requires=machine.facts,
         options={
             "sparse": options.sparse,
-            "always_sparse": options.always_sparse,
             "fuse": options.fuse,
             "twin": options.twin,
             "integer_products": len(program.products),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from engines.base import Profile
 from engines.cusparselt.fusing import Compile, Function
@@ -24,13 +24,13 @@ from engines.cusparselt.products import (
     sparse_arguments,
 )
 from engines.cusparselt.program import Choice, Measurement, Product, Program
+from nxm_export.contract.choices import SparseUse
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SparseUse = Literal["auto", "always", "never"]
 ROWS = (32, 128, 512, 2048, 8192, 32768, 131072)  # where products are measured, as far as profiles go
 # Of the share of the result that a form may be off: float sums round once more, INT8 may round a half the other way.
 _TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}

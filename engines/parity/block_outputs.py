@@ -164,8 +164,7 @@ def built_with_block_outputs(
     copy_companions(directory, source)
     options = BuildOptions(
         profiles=passport.profiles,
-        sparse=bool(passport.options.get("sparse", True)),
-        always_sparse=passport.options.get("always_sparse") is True,
+        sparse=passport.sparse,
         fuse=passport.options.get("fuse") is not False,
         level=passport.whole_option("level"),
         workspace_bytes=passport.whole_option("workspace_bytes"),

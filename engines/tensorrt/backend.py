@@ -89,7 +89,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         engine=str(out / ENGINE_FILE),
         directory=str(out),
         profiles=profiles,
-        sparse=options.sparse,
+        sparse=options.sparse != "never",
         level=options.level,
         workspace_bytes=options.workspace_bytes,
         build_route=options.build_route,
@@ -109,7 +109,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         "strongly_typed": built.strongly_typed,
         "timing_cache": cache is not None,
     }
-    target = SparsityTarget(NAME, trt.__version__, device["compute_capability"], sparse_flag=options.sparse)
+    target = SparsityTarget(NAME, trt.__version__, device["compute_capability"], sparse_flag=options.sparse != "never")
     write_weight_facts(out, model, target)
     passport = BuildFacts(
         device={"kind": "gpu", **device},

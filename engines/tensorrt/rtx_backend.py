@@ -90,7 +90,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         engine=str(out / ENGINE_FILE),
         directory=str(out),
         profiles=profiles,
-        sparse=options.sparse,
+        sparse=options.sparse != "never",
         level=options.level,
         workspace_bytes=options.workspace_bytes,
         compute_capabilities=COMPUTE_CAPABILITIES,
@@ -101,7 +101,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     _require_integer_convolutions(model, counts.float_products, onnx)
     copy_companions(onnx.parent, out)
     capabilities = ", ".join(f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES)
-    target = SparsityTarget(NAME, version(PACKAGE), capabilities, sparse_flag=options.sparse, has_gpu=False)
+    target = SparsityTarget(NAME, version(PACKAGE), capabilities, sparse_flag=options.sparse != "never", has_gpu=False)
     write_weight_facts(out, model, target)
     facts = BuildFacts(
         device={"kind": "gpu", "compute_capabilities": capabilities},

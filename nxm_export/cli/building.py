@@ -30,8 +30,10 @@ from nxm_export.contract.choices import (
     LOWERING,
     LOWERINGS,
     MAX_PROFILES,
-    SPARSE_KERNELS,
+    SPARSE_USE,
+    SPARSE_USES,
     TARGETS,
+    SparseUse,
 )
 
 if TYPE_CHECKING:
@@ -49,8 +51,7 @@ class _BuildOptions:
     lengths: str | None
     max_profiles: int
     max_batch_tokens: int
-    sparse: bool
-    always_sparse: bool
+    sparse: SparseUse
     fuse: bool
     onnxruntime: str | None
     level: int | None
@@ -87,13 +88,11 @@ class _BuildOptions:
             raise click.UsageError("--checkpoint and --data belong together")
         if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
-        for flag, given in (("--always-sparse", self.always_sparse), ("--no-fuse", not self.fuse)):
+        for flag, given in (("--sparse always", self.sparse == "always"), ("--no-fuse", not self.fuse)):
             if given and (backend == AUTO_BACKEND or not backend_of(backend).CAPABILITIES.always_sparse):
                 raise click.UsageError(f"{flag} is for --backend cusparselt")
         if self.onnxruntime and backend not in ("ort", AUTO_BACKEND):
             raise click.UsageError(f"--onnxruntime is for --backend ort and auto; {backend} does without it")
-        if self.always_sparse and not self.sparse:
-            raise click.UsageError("--always-sparse and --no-sparse contradict each other; give one of them")
         if self.lengths and self.profiles:
             raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
         if self.timing_cache is not None and not self.timing_cache.is_file():
@@ -110,7 +109,6 @@ class _BuildOptions:
             profiles=[parse_profile(text) for text in self.profiles],
             max_batch_tokens=self.max_batch_tokens,
             sparse=self.sparse,
-            always_sparse=self.always_sparse,
             fuse=self.fuse,
             oldest_onnxruntime=self.onnxruntime,
             level=self.level,
@@ -165,10 +163,11 @@ class _BuildOptions:
 )
 @batch_tokens_option("Of a profile that is not given by --profile. ")
 @click.option(
-    "--sparse/--no-sparse", default=SPARSE_KERNELS, show_default=True, help="Let the builder use 2:4 kernels."
-)
-@click.option(
-    "--always-sparse", is_flag=True, help="cusparselt: 2:4 kernels even where dense ones are faster; for measurements."
+    "--sparse",
+    type=click.Choice(SPARSE_USES),
+    default=SPARSE_USE,
+    show_default=True,
+    help="2:4 kernels: where they are faster, wherever there is one (cusparselt alone, to measure), or nowhere.",
 )
 @click.option(
     "--fuse/--no-fuse", default=True, help="cusparselt: compile what lies between products, when it is loaded."

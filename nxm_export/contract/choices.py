@@ -3,6 +3,8 @@
 What belongs to one settings class stands on its fields instead (`nxm_export.contract.options`).
 """
 
+from typing import Literal, get_args
+
 TASK = "classification"
 TARGETS = ("cpu", "trt", "trt8")  # of a graph: `nxm_export.graph.targets.TARGETS` by name
 TARGET = "cpu"
@@ -19,7 +21,10 @@ GATES = ("not-failed", "passed", "off")  # which parity.json an engine must have
 GATE = "not-failed"
 TENSORRT_BACKENDS = ("trt", "trt_rtx")
 MAX_PROFILES = 3  # of an engine whose profiles come from data
-SPARSE_KERNELS = True  # the builder may use them
+# 2:4 kernels of a build: where they are faster, wherever there is one, nowhere.
+SparseUse = Literal["auto", "always", "never"]
+SPARSE_USES: tuple[SparseUse, ...] = get_args(SparseUse)
+SPARSE_USE: SparseUse = "auto"
 # What an ONNX file is judged for: of each backend, the version that most is known of, and the GPU.
 TENSORRT_VERSIONS = {"trt": "11.4", "trt_rtx": "1.7"}
 COMPUTE_CAPABILITY = "8.9"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nxm_export.contract.choices import (
     BACKEND,
     MAX_PROFILES,
+    SPARSE_USE,
     TASK,
     TENSORRT_BACKENDS,
 )
@@ -97,8 +98,8 @@ def _require_heeded(options: BuildOptions, backends: Sequence[str], *, lengths: 
         "threads": options.threads is not None and not any(one.threads for one in able),
         "profiles (--profile, --lengths)": not profiles and (bool(options.profiles) or (lengths and not shapes)),
         "max_batch_tokens": options.max_batch_tokens != MAX_BATCH_TOKENS and not profiles,
-        "no sparse kernels (--no-sparse)": not options.sparse and not any(one.sparse_kernels for one in able),
-        "always_sparse": options.always_sparse and not always,
+        "--sparse never": options.sparse == "never" and not any(one.sparse_kernels for one in able),
+        "--sparse always": options.sparse == "always" and not always,
         "no fusion (--no-fuse)": not options.fuse and not always,
         "oldest_onnxruntime (--onnxruntime)": options.oldest_onnxruntime is not None and "ort" not in backends,
         "level": options.level is not None and not tensorrt,
@@ -108,8 +109,6 @@ def _require_heeded(options: BuildOptions, backends: Sequence[str], *, lengths: 
     }
     if wrong := [what for what, given in unheeded.items() if given]:
         raise EngineError(f"a build for {' or '.join(backends)} has no use for {', '.join(wrong)}; leave it out")
-    if options.always_sparse and not options.sparse:
-        raise EngineError("always_sparse and no sparse kernels contradict each other; give one of them")
 
 
 def build_twin_engines(
@@ -129,8 +128,10 @@ def build_twin_engines(
     require_apart(out, checkpoint)
     if not backend(name).CAPABILITIES.sparse_kernels:
         raise EngineError(f"twins say what sparse kernels are worth, and {name} has none; build them for a GPU")
-    if not options.sparse:
-        raise EngineError("of twins one has sparse kernels and one has not; leave --no-sparse out, or --twins")
+    if options.sparse != SPARSE_USE:
+        raise EngineError(
+            f"of twins one has sparse kernels and one has not; leave --sparse {options.sparse} out, or --twins"
+        )
     _require_heeded(options, [name], lengths=profiles_from is not None)
     options = _build_options(name, options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
-from nxm_export.contract.choices import AUTO_BACKEND, BACKEND, BACKEND_NAMES
+from nxm_export.contract.choices import AUTO_BACKEND, BACKEND, BACKEND_NAMES, SPARSE_USE, SparseUse
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline.environment import missing_for
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE
@@ -50,13 +50,13 @@ GRAPHS = {
 
 @dataclass(frozen=True)
 class RunEngine:
-    """An engine of a run: the graph and backend that it is built from and by, whether sparse kernels are allowed, and
+    """An engine of a run: the graph and backend that it is built from and by, where sparse kernels may run, and
     its part among twins. A `main` one may become the engine that the run's numbers are about."""
 
     name: str
     graph: str
     backend: str
-    sparse: bool = True
+    sparse: SparseUse = SPARSE_USE
     twin: str | None = None
     main: bool = False
 
@@ -123,9 +123,9 @@ def _engines(backends: RunBackends, kind: str) -> Iterator[RunEngine]:
         if name not in backends.twins or kind != QUANTIZED:
             yield RunEngine(engine, graph, name, main=True)
             continue
-        yield RunEngine(f"{engine}-dense", graph, name, sparse=False, twin=DENSE)
+        yield RunEngine(f"{engine}-dense", graph, name, sparse="never", twin=DENSE)
         yield RunEngine(engine, graph, name, twin=SPARSE, main=True)
-        yield RunEngine(f"{name}-fp16-float", f"{graph}-float", name, sparse=False, twin=FLOAT)
+        yield RunEngine(f"{name}-fp16-float", f"{graph}-float", name, sparse="never", twin=FLOAT)
 
 
 def _cpu_backends() -> tuple[str, ...]:

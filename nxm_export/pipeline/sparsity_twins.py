@@ -78,7 +78,7 @@ def build_twins(
             graph = scratch / "onnx" / ("float" if name == FLOAT else "int8") / "model.onnx"
             settings = replace(
                 options,
-                sparse=name == SPARSE,
+                sparse="auto" if name == SPARSE else "never",
                 twin=name,
                 timing_cache=cache,
                 require_timing_cache=options.require_timing_cache and cache == options.timing_cache,

@@ -159,6 +159,8 @@ def test_a_recorded_option_of_another_type_is_refused_by_name(options: dict[str,
 
 
 def test_the_command_that_rebuilds_has_the_recorded_options() -> None:
-    options = {"sparse": False, "level": 5, "workspace_bytes": 1 << 30, "threads": 2, "build_route": "a=b"}
+    options = {"sparse": "never", "level": 5, "workspace_bytes": 1 << 30, "threads": 2, "build_route": "a=b"}
     command = replace(PASSPORT, options=options).rebuild_command()
-    assert command.endswith("--no-sparse --level 5 --workspace 1024 --threads 2 --build-route 'a=b' --out ENGINE_DIR")
+    assert command.endswith(
+        "--sparse never --level 5 --workspace 1024 --threads 2 --build-route 'a=b' --out ENGINE_DIR"
+    )

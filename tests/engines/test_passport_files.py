@@ -299,11 +299,11 @@ def test_the_command_that_rebuilds_has_profiles_shapes_and_flags() -> None:
         PASSPORT,
         backend="trt",
         profiles=(Profile((1, 2), (3, 4), (5, 6)), Profile((1, 1), (1, 1), (2, 2))),
-        options={"shapes": [[1, 8], [2, 16]], "always_sparse": True, "fuse": False, "sparse": True},
+        options={"shapes": [[1, 8], [2, 16]], "sparse": "always", "fuse": False},
     )
     assert passport.rebuild_command() == (
         "nxm build model.onnx --backend trt --profile 1x2,3x4,5x6 --profile 1x1,1x1,2x2 --shape 1x8 --shape 2x16 "
-        "--always-sparse --no-fuse --out ENGINE_DIR"
+        "--sparse always --no-fuse --out ENGINE_DIR"
     )
-    plain = replace(passport, profiles=(), options={"always_sparse": False, "fuse": True})
+    plain = replace(passport, profiles=(), options={"sparse": "auto", "fuse": True})
     assert plain.rebuild_command() == "nxm build model.onnx --backend trt --out ENGINE_DIR"

@@ -59,7 +59,7 @@ def test_every_size_of_product_has_a_sparse_form_that_is_right(twins: tuple[Path
 
 
 def test_what_must_run_sparse_is_proved_by_the_names_of_its_kernels(twins: tuple[Path, Path], tmp_path: Path) -> None:
-    options = BuildOptions(profiles=[PROFILE], always_sparse=True)
+    options = BuildOptions(profiles=[PROFILE], sparse="always")
     cusparselt.build(twins[1] / "onnx" / "int8" / "model.onnx", tmp_path, options)
     cusparselt.profile(tmp_path)
     facts = cusparselt.inspect(tmp_path)

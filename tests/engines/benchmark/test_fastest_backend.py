@@ -274,9 +274,8 @@ def test_shapes_that_are_timed_are_compiled_by_the_backend_that_can(
         (["--backend", "auto", "--twins"], "--backend auto takes no --twins"),
         (["--backend", "auto", "--checkpoint", "somewhere"], "--checkpoint and --data belong together"),
         (["--backend", "auto", "--shape", "4"], "is not a shape"),
-        (["--backend", "trt", "--always-sparse"], "--always-sparse is for --backend cusparselt"),
+        (["--backend", "trt", "--sparse", "always"], "--sparse always is for --backend cusparselt"),
         (["--backend", "ort", "--no-fuse"], "--no-fuse is for --backend cusparselt"),
-        (["--backend", "cusparselt", "--always-sparse", "--no-sparse"], "contradict each other"),
     ],
 )
 def test_wrong_usage_is_told(arguments: list[str], message: str, graph: Path, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from engines.base import Profile
-from engines.cusparselt.choosing import SparseUse, choices_for, deviation, rows_of
+from engines.cusparselt.choosing import choices_for, deviation, rows_of
 from engines.cusparselt.kernels import DENSE, FORMS, Form
 from engines.cusparselt.products import Products
 from engines.cusparselt.program import Choice, Product, Program
 from engines.cusparselt.stand_in import IntegerReferenceKernels
+from nxm_export.contract.choices import SparseUse
 from tests.engines.cusparselt.machines import Priced, two_four
 
 KERNELS = IntegerReferenceKernels()

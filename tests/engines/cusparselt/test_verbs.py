@@ -71,7 +71,7 @@ def test_twins_are_built_timed_and_judged(tmp_path: Path, tiny_checkpoint: Calla
     nxm(["build", tiny_checkpoint("bert"), "--twins", "--backend", "cusparselt", "--out", twins])
     options = {name: load_passport(twins / name).options for name in TWINS}
     assert {name: facts["sparse"] for name, facts in options.items()} == {
-        "int8-dense": False, "int8-sparse": True, "fp16": False,
+        "int8-dense": "never", "int8-sparse": "auto", "fp16": "never",
     }  # fmt: skip
     assert [options[name]["integer_products"] for name in TWINS] == [6 * tiny.LAYERS, 6 * tiny.LAYERS, 0]
     assert {choice["form"] for choice in as_objects(answer(["inspect", twins])["choices"])} == {"sparse fused (M, N)"}

@@ -161,13 +161,11 @@ def test_an_engine_is_built_again_as_it_was_built(
     """With every option that its passport has; else a bisect would judge an engine of other kernels."""
     directory = tiny_engine("ort")
     graph = tiny_graph("bert", "inputs-outputs") / "model.onnx"
-    passport = replace(
-        load_passport(directory), options={"sparse": True, "always_sparse": True, "fuse": False, "level": 2}
-    )
+    passport = replace(load_passport(directory), options={"sparse": "always", "fuse": False, "level": 2})
     given: list[BuildOptions] = []
     double = SimpleNamespace(build=lambda _, __, options: given.append(options), load=lambda _: None)
     monkeypatch.setattr("engines.parity.block_outputs.backend", lambda _: double)
     boundaries = BlockBoundaries.of(FAMILIES["bert"], read_config(tiny_checkpoint("bert")))
     built_with_block_outputs(directory, passport, boundaries, graph, tmp_path)
     (options,) = given
-    assert (options.sparse, options.always_sparse, options.fuse, options.level) == (True, True, False, 2)
+    assert (options.sparse, options.fuse, options.level) == ("always", False, 2)

@@ -70,7 +70,7 @@ def test_the_time_saved_is_the_twins_less_the_engines(
 def dense_twin(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Path:
     """The directory of the same engine without sparse kernels, whose layer takes longer."""
     twin = engine_directory(tmp_path_factory.mktemp("twin"), b"its twin")
-    tie(twin, **{"options": {"sparse": False}, **changes})
+    tie(twin, **{"options": {"sparse": "never"}, **changes})
     measured(twin, layer_ms={"node_myl0_1": 0.75})
     return twin
 
@@ -78,13 +78,13 @@ def dense_twin(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"options": {"sparse": True}}, "it was built with sparse kernels"),
+        ({"options": {"sparse": "auto"}}, "it was built with sparse kernels"),
         ({"options": {}}, "it was built with sparse kernels"),
         ({"onnx_sha256": "1" * 64}, "its graph is 1111"),
         ({"requires": {"gpu": "L4"}}, "its machine is {'gpu': 'L4'}, and not {}"),
         ({"profiles": (Profile((1, 1), (1, 8), (1, 8)),)}, "its profiles is"),
         *(
-            ({"options": {"sparse": False, key: value}}, f"it was built with {key} {value}, and not None")
+            ({"options": {"sparse": "never", key: value}}, f"it was built with {key} {value}, and not None")
             for key, value in {"level": 5, "workspace_bytes": 9, "build_route": "other", "fuse": True}.items()
         ),
     ],

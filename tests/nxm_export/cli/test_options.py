@@ -287,7 +287,7 @@ def test_an_option_that_nothing_would_read_is_wrong_usage(command: str, message:
 
 
 OF_TENSORRT = ("--level=3", "--workspace=64", "--build-route=x")
-OF_GPUS = ("--profile=1x8", "--no-sparse", "--max-batch-tokens=64")
+OF_GPUS = ("--profile=1x8", "--sparse=never", "--max-batch-tokens=64")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_build_refuses_what_its_backend_does_not_read(
 
 
 def test_twins_are_for_sparse_kernels() -> None:
-    for given, message in (((), "ort has none"), (("--backend=trt", "--no-sparse"), "leave --no-sparse out")):
+    for given, message in (((), "ort has none"), (("--backend=trt", "--sparse=never"), "leave --sparse never out")):
         result = CliRunner().invoke(main, ["build", "gone", "--twins", "--out=o", *given])
         assert (result.exit_code, message in result.output) == (1, True), result.output
 

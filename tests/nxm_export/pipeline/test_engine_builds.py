@@ -18,10 +18,9 @@ from nxm_export.pipeline import engine_builds
         ("ort", BuildOptions(level=3, workspace_bytes=1), "ort has no use for level, workspace_bytes"),
         ("ort", BuildOptions(profiles=[Profile((1, 1), (1, 8), (1, 8))]), "ort has no use for profiles"),
         ("openvino", BuildOptions(oldest_onnxruntime="1.19"), "openvino has no use for oldest_onnxruntime"),
-        ("openvino", BuildOptions(always_sparse=True, fuse=False), "has no use for always_sparse, no fusion"),
+        ("openvino", BuildOptions(sparse="always", fuse=False), "has no use for --sparse always, no fusion"),
         ("trt", BuildOptions(threads=2), "trt has no use for threads"),
         ("trt_rtx", BuildOptions(timing_cache=Path("timing.cache")), "trt_rtx has no use for timing_cache"),
-        ("cusparselt", BuildOptions(always_sparse=True, sparse=False), "contradict each other"),
     ],
 )
 def test_an_option_that_a_backend_would_not_heed_is_refused(

@@ -63,9 +63,9 @@ def test_a_gpu_gets_twins_the_dense_one_first(asked: tuple[str, ...], lacks: Lac
     backends = run_backends(asked)
     of_gpu = [engine for engine in engines_of(backends, "int8", [*GRAPHS]) if engine.backend == "cusparselt"]
     assert [(engine.name, engine.twin, engine.sparse, engine.main) for engine in of_gpu] == [
-        ("cusparselt-fp16-int8-dense", "int8-dense", False, False),
-        ("cusparselt-fp16-int8", "int8-sparse", True, True),
-        ("cusparselt-fp16-float", "fp16", False, False),
+        ("cusparselt-fp16-int8-dense", "int8-dense", "never", False),
+        ("cusparselt-fp16-int8", "int8-sparse", "auto", True),
+        ("cusparselt-fp16-float", "fp16", "never", False),
     ]
     assert {"trt", "trt-float"} <= graphs_of(backends, "int8").keys()
     assert "cusparselt-fp16-sparse" in names(backends, "sparse")

@@ -71,8 +71,8 @@ def test_twins_of_two_directories_get_no_verdict(tmp_path: Path) -> None:
     ratio = Speedup("b", "a", 1, 8, 2.0, (1.9, 2.1))
     dense, sparse = tmp_path / "a", tmp_path / "b"
     passports = {
-        dense: replace(PASSPORT, options={"sparse": False}),
-        sparse: replace(PASSPORT, onnx_sha256="2" * 64, options={"sparse": True}),
+        dense: replace(PASSPORT, options={"sparse": "never"}),
+        sparse: replace(PASSPORT, onnx_sha256="2" * 64, options={"sparse": "auto"}),
     }
     twins = {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}
     said = _verdict(BenchReport((), (ratio,)), twins, passports)
@@ -87,14 +87,14 @@ def test_twins_whose_evidence_says_nothing_get_no_verdict(tmp_path: Path) -> Non
     for directory, is_sparse in ((dense, False), (sparse, True)):
         directory.mkdir()
         engine_directory(directory)
-        passports[directory] = tie(directory, evidence=None, options={"sparse": is_sparse})
+        passports[directory] = tie(directory, evidence=None, options={"sparse": "auto" if is_sparse else "never"})
     twins = {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}
     report = BenchReport((), (Speedup("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
     said = _verdict(report, twins, passports)
     assert said is not None
     assert said.startswith(f"no verdict: which kernels {sparse} runs is not known: nothing ties the evidence to")
     assert said.endswith("build it again")
-    passports[sparse] = tie(sparse, options={"sparse": True})
+    passports[sparse] = tie(sparse, options={"sparse": "auto"})
     assert str(_verdict(report, twins, passports)).startswith("2:4 pays from")
 
 
@@ -105,7 +105,7 @@ def test_twins_whose_evidence_cannot_be_read_keep_their_times(tmp_path: Path, da
     for directory, is_sparse in ((dense, False), (sparse, True)):
         directory.mkdir()
         engine_directory(directory)
-        passports[directory] = tie(directory, options={"sparse": is_sparse})
+        passports[directory] = tie(directory, options={"sparse": "auto" if is_sparse else "never"})
     damage(sparse / "weights.json")
     report = BenchReport((), (Speedup("b", "a", 1, 8, 2.0, (1.9, 2.1)),))
     said = _verdict(report, {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}, passports)

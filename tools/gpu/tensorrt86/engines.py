@@ -142,7 +142,9 @@ class Evidence:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         engine = outcome.engines[twin] = EngineOutcome()
-        options = BuildOptions(profiles=[step.profile], level=self.options.level, sparse=twin == SPARSE, twin=twin)
+        options = BuildOptions(
+            profiles=[step.profile], level=self.options.level, sparse="auto" if twin == SPARSE else "never", twin=twin
+        )
         if self.cache.is_file():
             options = replace(options, timing_cache=self.cache)
         made: Path | None = out

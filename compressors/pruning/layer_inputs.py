@@ -69,6 +69,14 @@ def require_enough_tokens(layers: Mapping[str, nn.Linear], batches: Batches) -> 
         )
 
 
+def never_runs(weight: str) -> DataError:
+    """The error for a layer that no text reaches."""
+    return DataError(
+        f"{weight} never runs when the model reads text, so nothing is known of its inputs; leave it out with "
+        f"--keep-dense '{weight}'"
+    )
+
+
 class _Enough(Exception):
     """Every layer that is watched has read its input: the rest of the model need not run."""
 
@@ -118,10 +126,7 @@ class _Watch:
         """A batch is through; every layer has run by now."""
         silent = [name for name in layers if not self.runs[name]]
         if silent:
-            raise DataError(
-                f"{silent[0]} never runs when the model reads text, so nothing is known of its inputs; leave it out "
-                f"with --keep-dense '{silent[0]}'"
-            )
+            raise never_runs(silent[0])
         self.expected = self.runs
 
     def moments(self, layers: Iterable[str]) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ _COUNTED = 2**24  # values at once: torch counts in float32, which goes no furth
 
 
 class HistogramObserver:
-    """Histogram of |x|, on the device of the first tensor it sees."""
+    """Histogram of |x|, on the device of the first tensor it sees. `where` is what reads or writes x, for errors."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str = "the model") -> None:
+        self.where = where
         self.counts: Tensor | None = None  # (BINS,) float64
         self.limit = 0.0  # upper edge of the last bin
         self.largest = 0.0
@@ -32,7 +33,9 @@ class HistogramObserver:
             return
         largest = float(magnitude.max())
         if largest != largest or largest == float("inf"):
-            raise DataError("calibration saw a NaN or infinite activation; the model is broken before compression")
+            raise DataError(
+                f"{self.where}: calibration saw a NaN or infinite activation; the model is broken before compression"
+            )
         self.largest = max(self.largest, largest)
         if self.counts is None:
             self.limit = largest if largest > 0 else 1.0
@@ -47,7 +50,9 @@ class HistogramObserver:
     def percentile(self, q: float) -> float:
         """The value that `q` percent of the observed |x| do not exceed (upper edge of its bin)."""
         if self.counts is None:
-            raise DataError("calibration saw no activation; give at least one sample that is not padding")
+            raise DataError(
+                f"{self.where}: calibration saw no activation; give at least one sample that is not padding"
+            )
         total = self.counts.cumsum(0)
         bin_ = int(torch.searchsorted(total, total[-1] * (q / 100.0)))
         return min((min(bin_, BINS - 1) + 1) * self.limit / BINS, self.largest) or self.limit / BINS

@@ -3,6 +3,7 @@ between."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressors.pruning.layer_inputs import never_runs
 from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN, compute_dtype, fake_quantize
 from compressors.quantization.embedding import QuantEmbedding, quant_embeddings
 from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
@@ -24,6 +26,7 @@ from nxm_export.hf.attention_choice import choose_attention
 SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
 _INT8_ATTENTION = "nxm_int8"  # the name of our attention function in transformers
 _OPERANDS = "nxm_operands"  # where an attention module keeps its `OperandQuantizers`
+_OF_A_LAYER = re.compile(r"\.(in|out)put_quantizer(\..*)?$")  # what a layer's quantizer adds to its path
 
 
 def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object]) -> None:
@@ -147,19 +150,24 @@ def calibrate(
     advance: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Set every activation scale from the `percentile` of |x| over `batches`, or, where that is None, to that of least
-    squared error, padding excluded, in constant memory; returns them, in the order of `activation_quantizers`."""
+    squared error, padding excluded, in constant memory; returns them, in the order of `activation_quantizers`.
+
+    Raises `DataError` with the layer that reads or writes what is no number, or that never runs.
+    """
     quantizers = activation_quantizers(model)
     device = next(model.parameters()).device
-    with _observing(quantizers), torch.no_grad():
+    with _observing(model), torch.no_grad():
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             for quantizer in quantizers:
                 quantizer.token_mask = inputs["attention_mask"].bool()
             model(**inputs)
             advance()
-        scales = [
-            quantizer.observer.scale(ACTIVATION_QMAX, percentile) for quantizer in quantizers if quantizer.observer
-        ]
+        observers = [quantizer.observer for quantizer in quantizers if quantizer.observer]
+        silent = [observer.where for observer in observers if observer.counts is None]
+        if 0 < len(silent) < len(observers):  # where all are, there was no token
+            raise never_runs(silent[0])
+        scales = [observer.scale(ACTIVATION_QMAX, percentile) for observer in observers]
     set_scales(model, scales)
     return scales
 
@@ -173,18 +181,19 @@ def set_scales(model: nn.Module, scales: Iterable[float]) -> None:
 @contextmanager
 def in_float(model: nn.Module) -> Iterator[None]:
     """Inside the block, a prepared model computes without its quantizers."""
-    with _observing(activation_quantizers(model)):
+    with _observing(model):
         yield
 
 
 @contextmanager
-def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
-    for quantizer in quantizers:
-        quantizer.observer = HistogramObserver()
+def _observing(model: nn.Module) -> Iterator[None]:
+    quantizers = {path: module for path, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
+    for path, quantizer in quantizers.items():
+        quantizer.observer = HistogramObserver(_OF_A_LAYER.sub(".weight", path))
     try:
         yield
     finally:
-        for quantizer in quantizers:
+        for quantizer in quantizers.values():
             quantizer.observer = quantizer.token_mask = None
 
 

@@ -294,14 +294,10 @@ class _Sums:
             yield
 
     def _forward(self, weight: str) -> Callable[..., None]:
-        observer = self.observers[weight] = HistogramObserver()
+        observer = self.observers[weight] = HistogramObserver(weight)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()[self.tokens].float()  # (tokens, in)
-            try:
-                observer.observe(x)
-            except DataError as error:
-                raise DataError(f"{weight}: {error}") from error
+            observer.observe(args[0].detach()[self.tokens].float())  # (tokens, in)
 
         return hook
 
@@ -315,6 +311,12 @@ class _Sums:
     def statistics(self, percentile: float) -> dict[str, Statistics]:
         if not self.count:
             raise DataError("the calibration set is empty; give at least one sample that is not padding")
+        silent = [weight for weight in self.leader if weight not in self.fisher]
+        if silent:
+            raise DataError(
+                f"{silent[0]} never runs when the model reads text, so a search can measure nothing of it; compress "
+                f"the model without one, and with --keep-dense '{silent[0]}'"
+            )
         return {
             weight: Statistics(
                 self.fisher[weight] / self.count,

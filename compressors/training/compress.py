@@ -214,8 +214,18 @@ def _dev_logits(model: nn.Module, data: TaskData, progress: Progress) -> np.ndar
 
 
 def _scores(logits: np.ndarray, data: TaskData) -> Scores:
-    """The task metric of all dev samples, with its 95 % bootstrap interval, and the task's further metrics."""
+    """The task metric of all dev samples, with its 95 % bootstrap interval, and the task's further metrics.
+
+    Raises `DataError` where a model answers with what is no number: such a model is never saved.
+    """
     task = data.task
+    broken = [row for row, answers in enumerate(logits) if not np.isfinite(answers).all()]
+    if broken:
+        raise DataError(
+            f"the model's answers to {len(broken)} of {len(logits)} dev samples are NaN or infinite (the first is "
+            f"sample {broken[0] + 1}), so nothing is saved; look for NaN in the model that came in, or for numbers "
+            "that float16 cannot hold"
+        )
     scored = ScoredOutputs(logits, label_array(data.dev), data.classes or (), group_array(data.dev))
     return Scores(
         metric=task.metric,

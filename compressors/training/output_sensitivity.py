@@ -42,8 +42,8 @@ def output_costs(
     In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are
     distorted ones (`compressors.training.augmentation`) of `features`: of those that it was trained on a model is too
     sure for a change to show. `student` is prepared and calibrated, and comes back as it was. `progress` hears
-    ("outputs", done, of how many). Raises `DataError` where a cost is no number, as that of the scores of a single
-    sample, which have no variance.
+    ("outputs", done, of how many). Raises `DataError` where answers or costs are no numbers, as the cost of the scores
+    of a single sample, which have no variance.
     """
     layers = quant_linears(student)
     quantizers = {
@@ -60,6 +60,10 @@ def output_costs(
     for name in quantizers:
         layers[name].output_quantizer = None
     reference = _answers(student, batches, output_kind)
+    if not all(bool(torch.isfinite(answers).all()) for answers in reference):
+        raise DataError(
+            "what the model answers to training samples is NaN or infinite; the model is broken before compression"
+        )
     scale = _variance(torch.cat(reference)) if output_kind == "identity" else 1.0
     costs = {}
     for done, (name, quantizer) in enumerate(quantizers.items()):

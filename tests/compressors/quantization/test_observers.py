@@ -137,5 +137,5 @@ def test_ranges_are_of_least_error_where_no_training_moves_them() -> None:
 def test_what_saw_nothing_has_no_scale() -> None:
     with pytest.raises(DataError, match="saw no activation"):
         HistogramObserver().scale(127, 99)
-    with pytest.raises(DataError, match="saw no activation"):
-        HistogramObserver().scale(127, None)
+    with pytest.raises(DataError, match=r"a\.weight: calibration saw no activation"):
+        HistogramObserver("a.weight").scale(127, None)

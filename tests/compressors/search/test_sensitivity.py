@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from compressors.models import load_model
 from compressors.pruning import layer_inputs
@@ -239,6 +240,16 @@ def test_an_overflow_names_the_weight_that_reads_it(tmp_path: Path) -> None:
         opened.probe.model.get_parameter("bert.encoder.layer.0.output.LayerNorm.bias").fill_(float("inf"))
     with pytest.raises(DataError, match=r"layer\.1\.attention\.self\.query\.weight: calibration saw a NaN or infinite"):
         table_of(opened, tmp_path / "table")
+
+
+def test_a_layer_that_no_text_reaches_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_its_layer(self: BertIntermediate, x: Tensor) -> Tensor:
+        return torch.zeros(*x.shape[:-1], self.dense.out_features)
+
+    monkeypatch.setattr(BertIntermediate, "forward", without_its_layer)
+    silent = r"bert\.encoder\.layer\.0\.intermediate\.dense\.weight"
+    with pytest.raises(DataError, match=f"{silent} never runs .* --keep-dense"):
+        table_of(probed(tmp_path), tmp_path / "table")
 
 
 def test_a_sensitivity_that_is_no_number_names_weight_and_option(tmp_path: Path) -> None:

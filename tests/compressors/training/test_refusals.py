@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
@@ -148,3 +151,76 @@ def test_numbers_that_the_head_counts_otherwise_are_refused_and_a_map_states_the
         compress(tmp_path / "model", plan=plan, out=tmp_path / "compressed", **data)
     assert not (tmp_path / "compressed").exists()
     assert evaluated(Columns(label_map={"0": "bad", "1": "good"})) == read_metrics(prepared / "dense").value
+
+
+def broken(dense: Path, out: Path, weight: str) -> Path:
+    """A dense model with a NaN in a weight."""
+    shutil.copytree(dense, out)
+    weights = {name: tensor.clone() for name, tensor in load_file(out / "model.safetensors").items()}
+    weights[weight].view(-1)[0] = float("nan")
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def compressed(prepared: Path, dense: Path, out: Path, **settings: Any) -> None:
+    compress(
+        dense,
+        task="classification",
+        train=str(prepared / "train.tsv"),
+        dev=str(prepared / "dev.tsv"),
+        plan=plan_for(prepared / "dense", "2:4+W8"),
+        out=out,
+        settings=Settings(**{**FAST, "steps": 0, **settings}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (
+            "bert.encoder.layer.1.attention.self.query.weight",
+            r"layer\.1\.attention\.self\.query\.weight: calibration saw",
+        ),
+        ("bert.encoder.layer.0.output.dense.bias", r"layer\.0\.output\.dense\.weight: calibration saw a NaN"),
+        ("bert.encoder.layer.1.output.LayerNorm.weight", "answers to training samples is NaN or infinite"),
+        ("classifier.bias", "answers to training samples is NaN or infinite; the model is broken before compression"),
+    ],
+)
+def test_a_model_with_a_nan_is_refused_with_where_it_shows(
+    prepared: Path, tmp_path: Path, weight: str, said: str
+) -> None:
+    model = broken(prepared / "dense", tmp_path / "model", weight)
+    with pytest.raises(DataError, match=said):
+        compressed(prepared, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["admm", "obs", "magnitude", "one-shot"])
+def test_a_checkpoint_that_answers_nan_is_never_saved(prepared: Path, tmp_path: Path, recipe: str) -> None:
+    """Where no output is INT8 and nothing trains, no step before the score looks at answers."""
+    model = broken(prepared / "dense", tmp_path / "model", "classifier.bias")
+    with pytest.raises(DataError, match=r"answers to 64 of 64 dev samples are NaN .* so nothing is saved"):
+        compressed(prepared, model, tmp_path / "out", recipe=recipe, output_limit=None)
+    with pytest.raises(DataError, match=r"answers to 64 of 64 dev samples are NaN"):
+        finetune(
+            model,
+            task="classification",
+            train=str(prepared / "train.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            out=tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["admm", "magnitude"])
+def test_a_layer_that_no_text_reaches_is_named_with_the_way_out(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    def without_its_layer(self: BertIntermediate, x: Tensor) -> Tensor:
+        return torch.zeros(*x.shape[:-1], self.dense.out_features)
+
+    monkeypatch.setattr(BertIntermediate, "forward", without_its_layer)
+    silent = "bert.encoder.layer.0.intermediate.dense.weight"
+    with pytest.raises(DataError, match=f"{silent} never runs .* --keep-dense '{silent}'"):
+        compressed(prepared, prepared / "dense", tmp_path / "out", recipe=recipe)
+    assert not (tmp_path / "out").exists()

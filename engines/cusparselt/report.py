@@ -76,7 +76,7 @@ def _dense(weight: WeightSparsity, choices: Sequence[Choice]) -> WeightSparsity:
     """Dense at every number of rows: slower, or no sparse form is right here."""
     sparse = [each for choice in choices for each in choice.measured if each.form != DENSE]
     if any(each.microseconds is not None for each in sparse):
-        return replace(weight, eligible=True, chosen=False, reason="dense-faster", detail=times(choices))
+        return replace(weight, eligible=True, chosen=False, reason=_why_dense(choices), detail=times(choices))
     problems = " | ".join(dict.fromkeys(f"{each.form}: {each.problem}" for each in sparse))
     return replace(
         weight, eligible=False, chosen=False, reason="no-kernel", detail=f"no sparse form is right here: {problems}"
@@ -96,7 +96,8 @@ def _chosen(weight: WeightSparsity, node: str, choices: Sequence[Choice], run: P
     if at_rows(choices, run.rows).form == DENSE:
         if sparse:
             return _unknown(weight, "contradiction", "a dense form was chosen, and the profiler saw a sparse kernel")
-        return replace(weight, chosen=False, reason="dense-faster", detail=f"at {run.rows} rows; {times(choices)}")
+        reason = _why_dense([at_rows(choices, run.rows)])
+        return replace(weight, chosen=False, reason=reason, detail=f"at {run.rows} rows; {times(choices)}")
     if not sparse:
         return _unknown(weight, "unknown", f"no kernel of its run has a name that says sparse INT8; {times(choices)}")
     if run.replayed == ():
@@ -104,6 +105,13 @@ def _chosen(weight: WeightSparsity, node: str, choices: Sequence[Choice], run: P
     if run.replayed is not None and not set(sparse) & set(run.replayed):
         return _unknown(weight, "contradiction", "a sparse kernel runs step by step, and not in the CUDA graph")
     return replace(weight, chosen=True, reason=None, detail=f"profiled at {run.rows} rows; {times(choices)}")
+
+
+def _why_dense(choices: Sequence[Choice]) -> str:
+    """Whether the kernels of the dense product are faster, or the host's launches of the sparse one took the time."""
+    pairs = [(dense_form(choice), sparse_form(choice)) for choice in choices]
+    launched = [dense.in_graph and not sparse.in_graph for dense, sparse in pairs if dense and sparse]
+    return "no-graph" if launched and all(launched) else "dense-faster"
 
 
 def _unknown(weight: WeightSparsity, reason: str, detail: str) -> WeightSparsity:

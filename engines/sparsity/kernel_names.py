@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from nxm_export.storage.json_files import read_record
 
@@ -64,9 +65,21 @@ def _identifiers(name: str, kernel: str) -> Iterator[str]:
             yield name[match.end() : match.end() + int(match[1])]
 
 
+Kind = Literal["observed", "reported", "documented", "read", "inferred", "unknown"]
+_KINDS: Mapping[Kind, str] = {
+    "observed": "Observed",
+    "reported": "Reported by others",
+    "documented": "Documented",
+    "read": "Read from a library",
+    "inferred": "Inferred from names that a library does not have",
+    "unknown": "Not known",
+}
+
+
 @dataclass(frozen=True)
 class Existence:
-    """Whether a sparse kernel exists (None: nobody has looked) and where that is known from."""
+    """Whether a sparse kernel exists (None: nobody has looked) and where that is known from, beginning with the kind of
+    knowledge."""
 
     exists: bool | None
     source: str
@@ -78,7 +91,8 @@ class CatalogueEntry:
 
     `weights` is the type that is multiplied (``int8``, ``float16``, ``float`` for floats of an unknown type). `version`
     is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `epilogue` is the activation that the
-    kernel computes on its way out, as `MatrixFacts` has it. `source` is a key of the sources.
+    kernel computes on its way out, as `MatrixFacts` has it. `kind` is how the answer is known, and `source` a key of
+    the sources.
     """
 
     backend: str | tuple[str, ...]
@@ -88,6 +102,7 @@ class CatalogueEntry:
     form: str | tuple[str, ...]
     output: str | tuple[str, ...]
     exists: bool | None
+    kind: Kind
     source: str
     epilogue: str = "*"
 
@@ -141,8 +156,8 @@ def _lookup(
             and _fits(entry.output, output)
             and _fits(entry.epilogue, epilogue)
         ):
-            return Existence(entry.exists, _catalogue().sources[entry.source])
-    return Existence(None, "nothing is known of such products")
+            return Existence(entry.exists, f"{_KINDS[entry.kind]}: {_catalogue().sources[entry.source]}")
+    return Existence(None, f"{_KINDS['unknown']}: no row is about such products")
 
 
 def _fits(patterns: str | tuple[str, ...], value: str) -> bool:

@@ -34,6 +34,7 @@ REASONS = {
     "no-kernel": "this TensorRT has no sparse kernel for this product on this GPU",
     "size": f"K or N is below {SMALL}: the builder found dense faster",
     "dense-faster": "eligible, and the builder measured a dense kernel faster",
+    "no-graph": "a CUDA graph holds its dense product, and no sparse one here: launched alone, that was slower",
     "dense-chosen": "a dense kernel runs; whether a sparse one was tried is not known",
     "fused-away": "no layer of the engine names it as a product",
     "float-kernel": "a sparse kernel runs, in float",

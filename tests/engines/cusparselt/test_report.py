@@ -37,6 +37,12 @@ def choice(rows: int, form: str, dense: float = 4.0, first: float | None = 1.0, 
 
 BOTH = (choice(256, DENSE, first=9.0, second=8.0), choice(1024, FIRST))
 NEVER = (choice(256, DENSE, first=9.0, second=8.0), choice(1024, DENSE, first=None))
+LAUNCHED = tuple(
+    replace(one, measured=tuple(replace(each, in_graph=each.form == DENSE) for each in one.measured)) for one in NEVER
+)
+ALL_LAUNCHED = tuple(
+    replace(one, measured=tuple(replace(each, in_graph=False) for each in one.measured)) for one in NEVER
+)
 WRONG = (choice(1024, DENSE, first=None, second=None),)
 
 
@@ -71,6 +77,10 @@ def judged(
         (BOTH, profiled(SPARSE_KERNEL, rows=256), None, "contradiction"),
         (NEVER, None, False, "dense-faster"),
         (NEVER, profiled(DENSE_KERNEL), False, "dense-faster"),
+        (LAUNCHED, None, False, "no-graph"),
+        (LAUNCHED, profiled(DENSE_KERNEL), False, "no-graph"),
+        (ALL_LAUNCHED, None, False, "dense-faster"),
+        ((NEVER[0], LAUNCHED[1]), profiled(DENSE_KERNEL, rows=256), False, "dense-faster"),
         (WRONG, None, False, "no-kernel"),
         ((), None, None, "contradiction"),
         ((replace(BOTH[1], n=64),), profiled(SPARSE_KERNEL), None, "contradiction"),

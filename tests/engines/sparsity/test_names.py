@@ -20,7 +20,7 @@ from engines.sparsity.build_evidence import (
 )
 from engines.sparsity.engine_report import WeightFacts, write_weight_facts
 from engines.sparsity.judgement import ProductNames, judge
-from engines.sparsity.kernel_names import is_among, kernel_named
+from engines.sparsity.kernel_names import _catalogue, is_among, kernel_named, sparse_kernel_exists
 from engines.sparsity.sparsity_report import SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import decode
 from tests.support import onnx_text
@@ -310,3 +310,30 @@ def test_float_kernels_of_cusparselt_are_no_products_of_integers(name: str) -> N
 )
 def test_what_prepares_sparse_operands_or_says_nothing_is_no_sparse_product(name: str) -> None:
     assert kernel_named(name) is None
+
+
+def test_every_row_says_of_which_kind_its_knowledge_is() -> None:
+    """Nothing ran here, so that nothing is called observed; a name is read, its absence is an inference."""
+    for row in _catalogue().rows:
+        assert (row.kind == "unknown") is (row.exists is None), row
+        if row.source.startswith("names-") and row.exists is not None:
+            assert row.kind == ("read" if row.exists else "inferred"), row
+    assert {row.kind for row in _catalogue().rows} == {"documented", "reported", "read", "inferred", "unknown"}
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "output", "begins"),
+    [
+        ("8.6.0", "8.0", "int8", "Read from a library: Kernel names read from libnvinfer_builder_resource"),
+        ("8.6.0", "8.0", "float16", "Inferred from names that a library does not have: Kernel names read"),
+        ("8.6.0", "7.5", "int8", "Documented: Sparse tensor cores came with compute capability 8.0"),
+        ("10.14.1", "8.9", "int8", "Reported by others: NVIDIA/Model-Optimizer pull request 1664"),
+        ("10.14.1", "9.0", "int8", "Not known: The complete library of this version"),
+    ],
+)
+def test_an_answer_begins_with_the_kind_of_its_knowledge(
+    version: str, capability: str, output: str, begins: str
+) -> None:
+    product = {"weights": "int8", "form": "matmul", "output": output}
+    answer = sparse_kernel_exists(backend="trt", version=version, compute_capability=capability, **product)
+    assert answer.source.startswith(begins)

@@ -182,8 +182,9 @@ class EnginePassport:
 
     @property
     def sparse(self) -> SparseUse:
-        """Where sparse kernels were allowed."""
-        return _known_options({"sparse": self.options.get("sparse")}, PASSPORT_FILE).sparse or SPARSE_USE
+        """Where sparse kernels were allowed; older passports have true or false."""
+        given = _known_options({"sparse": self.options.get("sparse")}, PASSPORT_FILE).sparse
+        return given if isinstance(given, str) else "never" if given is False else SPARSE_USE
 
     @property
     def built_on(self) -> str:
@@ -462,7 +463,7 @@ class _KnownOptions:
     shapes: tuple[tuple[int, int], ...] = ()
     shapes_bytes: int | None = None
     disabled_optimizers: tuple[str, ...] = ()
-    sparse: SparseUse | None = None
+    sparse: SparseUse | bool | None = None
     fuse: bool | None = None
     level: int | None = None
     workspace_bytes: int | None = None

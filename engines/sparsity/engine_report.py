@@ -105,7 +105,7 @@ def _twin_evidence(directory: Path, passport: EnginePassport, evidence: Evidence
 def twin_problem(dense: EnginePassport, sparse: EnginePassport) -> str | None:
     """In what `dense` differs from the dense twin of the engine `sparse`, None where in nothing: a twin is built from
     the same graph, for the same machine and shapes, with the same options but for sparse kernels."""
-    if dense.options.get("sparse") != "never":
+    if dense.sparse != "never":
         return "it was built with sparse kernels"
     for what in ("backend", "onnx_sha256", "requires", "profiles"):
         ours, theirs = getattr(sparse, what), getattr(dense, what)

@@ -305,5 +305,8 @@ def test_the_command_that_rebuilds_has_profiles_shapes_and_flags() -> None:
         "nxm build model.onnx --backend trt --profile 1x2,3x4,5x6 --profile 1x1,1x1,2x2 --shape 1x8 --shape 2x16 "
         "--sparse always --no-fuse --out ENGINE_DIR"
     )
+    for older, told in ((False, "--sparse never "), (True, ""), (None, "")):
+        of_older = replace(passport, profiles=(), options={} if older is None else {"sparse": older})
+        assert of_older.rebuild_command() == f"nxm build model.onnx --backend trt {told}--out ENGINE_DIR"
     plain = replace(passport, profiles=(), options={"sparse": "auto", "fuse": True})
     assert plain.rebuild_command() == "nxm build model.onnx --backend trt --out ENGINE_DIR"

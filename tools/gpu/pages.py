@@ -18,6 +18,8 @@ from nxm_export.errors import NxmError
 from nxm_export.storage.atomic import write_atomic
 from tools import provenance
 
+REHEARSAL = "A rehearsal on the CPU: nothing of this is about a GPU."
+
 
 def write_page(
     out: Path, what: str, gpu: str, facts: Mapping[str, str], sections: Sequence[str], raw: Sequence[str]
@@ -29,7 +31,7 @@ def write_page(
     name = "-".join(gpu.lower().split())
     lines = [f"# {what.capitalize()} on {gpu}", ""]
     if not _is_gpu(gpu):
-        lines += ["**A rehearsal on the CPU: nothing of this is about a GPU.**", ""]
+        lines += [f"**{REHEARSAL}**", ""]
     known = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": f"`{shlex.join(['python3', *sys.orig_argv[1:]])}`",

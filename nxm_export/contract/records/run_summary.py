@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nxm_export.contract.choices import SPARSE_USE, SparseUse
 from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.storage.json_files import encode, read_record, to_json_object
@@ -82,7 +83,7 @@ class RtxBuild:
     integer_products: int
     float_products: tuple[str, ...]
     sparse_kernels: str
-    sparse: bool = True
+    sparse: SparseUse | bool = SPARSE_USE  # older ones have true or false
     level: int | None = None
     twin: str | None = None
 

@@ -349,7 +349,9 @@ def _result(
     assert settings.held_out is not None
     return SearchResult(
         method=settings.method,
-        budget=SearchBudget(settings.counting, settings.compression, settings.bytes, settings.latency_ms),
+        budget=SearchBudget(
+            settings.counting, settings.compression, settings.bytes, settings.latency_ms, settings.latency_source
+        ),
         best=finalists[0].score(),
         finalists=tuple(trial.score() for trial in finalists),
         pareto=tuple(

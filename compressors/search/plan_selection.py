@@ -364,8 +364,14 @@ class Selector(WeightOptions):
         milliseconds = np.zeros((len(self.names), len(self.candidate_specs)))
         if self.settings.latency_ms is None:
             return milliseconds
+        source = self.settings.latency_source
         for i, name in enumerate(self.names):
             role = self.family.role(name)
+            if source is not None and source.matrices.get(role) != self.shapes[name]:
+                raise PlanError(
+                    f"the latency table is of {source.model_type} with {role} of {source.matrices.get(role)}, and "
+                    f"{name} is {self.shapes[name]} (out, in): measure engines of this model (`nxm latency`)"
+                )
             for o, spec in enumerate(self.options[i]):
                 if spec is None:
                     continue

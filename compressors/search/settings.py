@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from nxm_export.contract.choices import PLACEMENT, STORAGE, STORAGES
 from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.contract.plan import COUNTINGS, PLACEMENTS
-from nxm_export.errors import ArtifactError, DataError, PlanError
-from nxm_export.storage.json_files import convert, read_json
+from nxm_export.contract.records.latency_table import LatencySource
+from nxm_export.errors import DataError, PlanError
 
 DEFAULT_CANDIDATES = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
@@ -32,7 +31,8 @@ class SearchSettings:
     """What to search for, and how long.
 
     The budget is `compression` (1 - compressed/FP32 over the planned weights) by `counting`, or `bytes` by the same
-    counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option). `pareto` are
+    counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option), from the
+    `latency_source`, where it is known. `pareto` are
     further compressions to report from the same table, `halving` the optimizer steps of each round of short runs, after
     which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are
     chosen so that the search takes about a tenth of a compression run, where they are not given (see `passes`).
@@ -90,6 +90,7 @@ class SearchSettings:
     batch_size: int = 8  # so few samples differ too much in length for larger ones: padding would cost a fifth
     percentile: float = 99.99
     latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    latency_source: LatencySource | None = None
 
     def __post_init__(self) -> None:
         for name, entry in options_of(self):
@@ -139,13 +140,3 @@ class SearchSettings:
         samples = self.samples or max(MIN_SAMPLES, min(count, few, available - (self.held_out or 0)))
         judging = max(MIN_SAMPLES, min(MAX_SAMPLES, JUDGES * samples, few, available - samples))
         return replace(self, samples=samples, held_out=self.held_out or judging)
-
-
-def read_latencies(file: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by role and option, from the JSON file of a latency table; raises `ArtifactError` for another
-    file."""
-    way_out = "a latency table is JSON, {role: {option: milliseconds}}"
-    table = convert(read_json(file, way_out), dict[str, dict[str, float]], source=str(file), way_out=way_out)
-    if not table or not all(table.values()):
-        raise ArtifactError(f"{file}: holds no rows of numbers by option; {way_out}")
-    return table

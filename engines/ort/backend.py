@@ -79,6 +79,10 @@ class Session(Protocol):
         """All outputs, in their order."""
         ...
 
+    def end_profiling(self) -> str:
+        """End the profile of a session that was opened with one; returns its file."""
+        ...
+
 
 @dataclass(frozen=True)
 class OrtFacts:
@@ -134,7 +138,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         graph=model.metadata_props,
         source=source,
         bindings=Bindings(
-            tuple(_binding(value) for value in session.get_inputs()),
+            input_bindings(session),
             tuple(_binding(value) for value in session.get_outputs()),
         ),
     )
@@ -162,7 +166,7 @@ class OrtEngine(Closing):
         self.runs_at_once, threads = options.runs(passport.threads)
         session = open_session(directory / ENGINE_FILE, threads, left_out(passport), model=model)
         self._session: Session | None = session
-        self._bindings = tuple(_binding(value) for value in session.get_inputs())
+        self._bindings = input_bindings(session)
         self.inputs = tuple(binding.name for binding in self._bindings)
         self.outputs = tuple(value.name for value in session.get_outputs())
 
@@ -331,6 +335,11 @@ def _require_attention(directory: Path, passport: EnginePassport) -> None:
         )
 
 
+def input_bindings(session: Session) -> tuple[Binding, ...]:
+    """The inputs of a session, in their order."""
+    return tuple(_binding(value) for value in session.get_inputs())
+
+
 def _binding(value: SessionValue) -> Binding:
     """A session's input or output; sizes with a name are free."""
     element = value.type.removeprefix("tensor(").removesuffix(")")
@@ -346,9 +355,11 @@ def open_session(
     optimized: Path | None = None,
     model: bytes | None = None,
     level: str | None = None,
+    profile: Path | None = None,
 ) -> Session:
     """A session on `file`, or on the bytes `model` that were read from it, without the optimizers that are named.
 
+    `optimized` is where it writes the graph that it runs, `profile` the beginning of the name of its profile's file.
     `level` is ONNX Runtime's optimization level, ``basic`` or ``all``, which is also its default. Raises `EngineError`,
     `EngineUnavailable`, and `ArtifactError` for a file that is not there.
     """
@@ -365,6 +376,8 @@ def open_session(
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         session: Session = runtime.InferenceSession(
             model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engines.benchmark.text_throughput import TextReport
     from engines.cusparselt.program import Choice as ProductChoice
     from engines.sparsity.sparsity_report import SparsityReport
+    from nxm_export.contract.records.latency_table import LatencyTable
     from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, Inspection
 
 # What `nxm inspect` shows without --all: no hashes and names of formats, notes of a graph as long as two lines.
@@ -267,3 +268,11 @@ def print_load(report: LoadReport, model: str, rounds: int) -> None:
     ]
     click.echo(first_lines.of_load(report))
     print_table(f"load on {model}, medians of {rounds} rounds", columns, rows)
+
+
+def print_latency_table(table: LatencyTable, title: str) -> None:
+    """Milliseconds of a matrix by role and option, and where they are from."""
+    options = list(dict.fromkeys(option for row in table.milliseconds.values() for option in row))
+    rows = [(role, *(row.get(option) for option in options)) for role, row in table.milliseconds.items()]
+    click.echo(f"Milliseconds of one matrix: {table.source}.")
+    print_table(title, ("role", *options), rows)

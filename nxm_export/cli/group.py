@@ -19,7 +19,7 @@ from nxm_export.storage.atomic import FULL_ERRNOS, written_file
 # The sections of `nxm --help`, in the order in which people need the commands.
 SECTIONS = {
     "Make": ("run", "init", "compress", "search", "export", "build", "pack", "unpack"),
-    "Prove": ("verify", "compare", "inspect", "bench"),
+    "Prove": ("verify", "compare", "inspect", "bench", "latency"),
     "Run": ("predict", "serve", "triton"),
     "Look": ("doctor", "show", "report", "card", "completion"),
 }

@@ -99,6 +99,8 @@ def print_search(result: SearchResult, out: Path, *, everything: bool) -> None:
 
     timed = result.best.milliseconds is not None
     _print_plans("finalists", [(plan.origin, plan) for plan in result.finalists], timed)
+    if timed:
+        print(f"Milliseconds: {result.budget.latency_source or 'of a table by hand, which does not say where from'}.")
     cost = result.cost
     if everything:
         _print_plans("tied", [(f"{tie}: {plan.origin}", plan) for tie, plan in result.tied.items()], timed)

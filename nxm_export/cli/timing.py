@@ -1,4 +1,4 @@
-"""The command that times engines and loads servers."""
+"""The commands that time engines, and load servers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import click
 
+from compressors.search.settings import DEFAULT_CANDIDATES
 from nxm_export.cli.engine_tables import (
     print_latency,
+    print_latency_table,
     print_load,
     print_text_throughput,
 )
 from nxm_export.cli.group import command
 from nxm_export.cli.options import (
+    FORCE_OPTION,
     Real,
     Whole,
     given_options,
@@ -156,3 +159,55 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     show_result(report.to_dict, json, lambda: print_load(report, name, rounds))
     if not json:
         print_next(f"curl {options.urls[0].rstrip('/')}/metrics", "what the server counted")
+
+
+@command(
+    "nxm latency fp32 int8 --shape 1x32 --out latency.json",
+    "nxm latency engine --shape 32x128 --candidates 2:4+W8,W8 --out ms.json",
+)
+@click.argument("engines", metavar="ENGINE...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--shape", required=True, metavar="BATCHxLENGTH", help="The shape that a limit is for, such as 1x32.")
+@click.option(
+    "--candidates",
+    default=",".join(DEFAULT_CANDIDATES),
+    show_default=True,
+    metavar="OPTION,...",
+    help="Options of `nxm search`; those that ENGINEs have no time of are left out.",
+)
+@click.option("--rounds", type=Whole(min=1), help="Runs of each engine on a CPU.  [default: 20]")
+@click.option("--threads", type=Whole(min=1), help="CPU threads.  [default: as built]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@FORCE_OPTION
+@json_option
+def latency(
+    engines: tuple[Path, ...],
+    shape: str,
+    candidates: str,
+    rounds: int | None,
+    threads: int | None,
+    out: Path,
+    force: bool,
+    json: bool,
+) -> None:
+    """Write what matrices take in engines, for `nxm search`.
+
+    ENGINEs are of one model: of ort, which are profiled now, such as an FP32 and an INT8 one; or of cusparselt, whose
+    products were timed when they were built.
+    """
+    from nxm_export.pipeline.latency_table import latency_table
+    from nxm_export.storage.atomic import require_new, write_atomic
+
+    require_new(out, force=force)
+    table = latency_table(engines, shape_of(shape), candidates.split(","), rounds, threads)
+    write_atomic(out, table.to_text())
+
+    def show() -> None:
+        print_latency_table(table, str(out))
+        rows = list(table.milliseconds.values())
+        timed = [option for option in rows[0] if all(option in row for row in rows)]
+        print_next(
+            f"nxm search MODEL --train TRAIN --latency-table {quoted(out)} --latency-ms MS "
+            f"--candidates {','.join(timed)} --out DIR"
+        )
+
+    show_result(table.to_dict, json, show)

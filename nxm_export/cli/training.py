@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from compressors.search.settings import SearchSettings, read_latencies
+from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from nxm_export.cli import first_lines
 from nxm_export.cli.config_file import CONFIG_FILE, config_text, load_config
@@ -45,6 +45,7 @@ from nxm_export.cli.run_tables import print_compression, print_estimate, print_s
 from nxm_export.cli.tables import print_table
 from nxm_export.contract.choices import AUTO_BACKEND, BACKEND, BACKEND_NAMES, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.records.latency_table import read_latencies
 
 if TYPE_CHECKING:
     from nxm_export.pipeline.plan_choice import PlanChoice
@@ -276,7 +277,11 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @LABELLED_COLUMN_OPTIONS
 @TRAIN_LIMIT_OPTION
 @SEARCH_OPTIONS
-@click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
+@click.option(
+    "--latency-table",
+    type=click.Path(path_type=Path),
+    help="What `nxm latency` writes, or JSON: {role: {option: milliseconds}}.",
+)
 @SEARCH_TRAINING_OPTIONS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
 @all_option
@@ -289,8 +294,10 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
     from compressors.search.plan_search import search as search_plan
 
     options = typed(_SearchOptions, values)
-    table = options.latency_table
-    changes: dict[str, object] = {} if table is None else {"latencies": read_latencies(table)}
+    changes: dict[str, object] = {}
+    if options.latency_table is not None:
+        table = read_latencies(options.latency_table)
+        changes = {"latencies": table.milliseconds, "latency_source": table.source}
     of_compression = click.get_current_context().get_parameter_source("compression")
     if options.bytes is not None and of_compression is ParameterSource.DEFAULT:
         changes["compression"] = None  # either of them is the budget

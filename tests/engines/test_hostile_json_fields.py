@@ -81,6 +81,7 @@ def survives(directory: Path, out: Path) -> None:
         ["predict", str(directory), "good film"],
         ["triton", f"a={directory}", "--text", "--out", str(out)],
         ["bench", str(directory), "--rounds", "1", "--shape", "1x4"],
+        ["latency", str(directory), "--rounds", "1", "--shape", "1x4", "--out", str(out.with_name("ms.json"))],
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)

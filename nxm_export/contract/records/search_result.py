@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nxm_export.contract.records.latency_table import LatencySource
 from nxm_export.storage.json_files import read_record, to_json_object
 
 SEARCH_FILE = "search.json"
@@ -46,12 +47,14 @@ class ParetoPlan(PlanScore):
 
 @dataclass(frozen=True)
 class SearchBudget:
-    """What plans had to keep to: a `compression` or a number of `bytes` by a counting, and a latency limit."""
+    """What plans had to keep to: a `compression` or a number of `bytes` by a counting, and a latency limit; its
+    milliseconds are from `latency_source` (None: a table by hand, or no limit)."""
 
     counting: str
     compression: float | None
     bytes: int | None
     latency_ms: float | None
+    latency_source: LatencySource | None = None
 
 
 @dataclass(frozen=True)

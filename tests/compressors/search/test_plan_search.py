@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import schedule
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan, WeightSpec
+from nxm_export.contract.records.latency_table import LatencySource, LatencyTable
+from nxm_export.contract.records.search_result import read_search_result
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.features import Features
 from tests.support import tiny
@@ -319,7 +323,33 @@ def test_milliseconds_are_reported_where_a_latency_table_was_given(desk: Path, t
     facts, plan = json.loads((tmp_path / "out" / "search.json").read_text()), tmp_path / "out" / "plan.json"
     options = [str(spec).partition("/")[0] for spec in CompressionPlan.load(plan).weights.values()]
     assert facts["best"]["milliseconds"] == sum(faster[option] for option in options) <= 20
+    assert facts["budget"]["latency_source"] is None
     assert " ms " in result.output
+    assert "Milliseconds: of a table by hand" in result.output
+
+
+def test_a_search_says_where_its_milliseconds_are_from_and_takes_those_of_its_own_matrices(
+    desk: Path, tmp_path: Path
+) -> None:
+    family, config = FAMILIES["bert"], json.loads((desk / "dense" / "config.json").read_text())
+    sizes = {family.role(name): shape for name, shape in family.weights(config).items()}
+    times = dict.fromkeys(("2:4+W4", "W4", "2:4+W8", "W8", "dense"), 1.0)
+    source = LatencySource(
+        "per-node times of ONNX Runtime on the CPU x", "ort", "x", 2, 1, 32, ("0" * 64,), {}, "bert", sizes
+    )
+    table = LatencyTable(dict.fromkeys(family.roles, times), source)
+    (tmp_path / "ms.json").write_text(table.to_text())
+    limited = ("--latency-table", str(tmp_path / "ms.json"), "--latency-ms", "20")
+    result = search(desk, tmp_path / "out", *limited)
+    assert result.exit_code == 0, result.output
+    assert f"Milliseconds: {source}." in " ".join(result.output.split())
+    assert read_search_result(tmp_path / "out" / "search.json").budget.latency_source == source
+    other = replace(table, source=replace(source, matrices={**sizes, "key": (1024, 1024)}))
+    (tmp_path / "ms.json").write_text(other.to_text())
+    result = search(desk, tmp_path / "other", *limited)
+    assert result.exit_code == 1, result.output
+    assert "the latency table is of bert with key of (1024, 1024), and bert.encoder.layer.0" in result.output
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_plan_that_nothing_is_trained_for_has_no_share_of_a_training_run(desk: Path, tmp_path: Path) -> None:

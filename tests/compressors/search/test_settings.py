@@ -6,13 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from compressors.search.settings import MIN_SAMPLES, SearchSettings, read_latencies
+from compressors.search.settings import MIN_SAMPLES, SearchSettings
+from nxm_export.contract.records.latency_table import LatencySource, LatencyTable, read_latencies
 from nxm_export.errors import ArtifactError
 
 
 def test_milliseconds_are_numbers_by_role_and_option(tmp_path: Path) -> None:
     (tmp_path / "ms.json").write_text('{"query": {"W8": 1, "dense": 2.5}}', encoding="utf-8")
-    assert read_latencies(tmp_path / "ms.json") == {"query": {"W8": 1.0, "dense": 2.5}}
+    assert read_latencies(tmp_path / "ms.json") == LatencyTable({"query": {"W8": 1.0, "dense": 2.5}})
+
+
+def test_a_table_that_was_measured_says_where(tmp_path: Path) -> None:
+    source = LatencySource(
+        "measured products of the GPU x", "cusparselt", "x", None, 1, 32, ("0" * 64,), {}, "bert", {"query": (8, 8)}
+    )
+    table = LatencyTable({"query": {"W8": 1.0}}, source)
+    (tmp_path / "ms.json").write_text(table.to_text(), encoding="utf-8")
+    assert read_latencies(tmp_path / "ms.json") == table
+    assert str(source) == "measured products of the GPU x, at 1x32 (batch x tokens)"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +36,8 @@ def test_milliseconds_are_numbers_by_role_and_option(tmp_path: Path) -> None:
         ('{"a": {}}', "holds no rows"),
         ("{}", "holds no rows"),
         ("[]", "Expected `object`, got `array`"),
+        ('{"schema": "nxm-latency/1", "milliseconds": {}, "source": null}', "holds no rows"),
+        ('{"schema": "nxm-latency/1", "milliseconds": {"a": {"b": "x"}}}', r"milliseconds\.a\.b: Expected `float`"),
     ],
 )
 def test_another_table_is_refused(text: str, message: str, tmp_path: Path) -> None:

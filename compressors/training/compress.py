@@ -22,6 +22,7 @@ from compressors.process_setup import prepare_process
 from compressors.quantization.embedding import quant_embeddings
 from compressors.quantization.prepare_bake import bake, round_as_stored
 from compressors.settings import Settings
+from compressors.training.distance_to_dense import distance_to_dense
 from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import claimed, request_hash, take_ownership, work_beside
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
@@ -174,10 +175,13 @@ def compress(
         student, facts = job.run()
         round_as_stored(student, job.plan)  # what is scored is what is saved
         logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking
+        scores = _scores(logits, data)
         cost = _embedding_cost(student, logits, data, progress)
+        dense_logits = _dev_logits(load_model(source, kind), data, progress)
         metrics = CompressionMetrics.of(
-            _scores(logits, data),
+            scores,
             facts,
+            distance_to_dense(dense_logits, logits, data),
             embedding_table_drop=None if cost is None else cost.drop,
             embedding_table_drop_interval=None if cost is None else cost.interval,
         )

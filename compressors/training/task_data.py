@@ -16,7 +16,7 @@ from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, RawExamples, encode, index_of
 from nxm_export.data.features import Features, Label
-from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
+from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled, unlabelled
 from nxm_export.data.more_text import MoreText, read_more_text, text_hash
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
@@ -77,7 +77,7 @@ def read_task_data(
     blank = request.texts_alone and not has_labels(raw)
     if blank:  # the head's classes are known without them
         classes = dev_classes = None if head is None else Classes(tuple(head), index_of(head))
-        examples = Examples(raw.texts, raw.pairs, [float("nan")] * len(raw.texts), raw.source)
+        examples = unlabelled(raw.texts, raw.pairs, raw.source, task)
     else:
         classes = dev_classes = classes_of(raw, task, head)
         examples = labelled(raw, task, classes)
@@ -103,7 +103,7 @@ def read_task_data(
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)
         require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
-    threshold = _no_answer(source, task, examples, scored)
+    threshold = _no_answer(source, task, None if blank else examples, scored)
     if request.train_limit is not None:
         examples = examples.sample(request.train_limit, settings.seed)
 
@@ -113,15 +113,16 @@ def read_task_data(
 
     more, facts = list[Features](), None
     if request.more_text is not None:
-        unlabelled = read_more_text(request.more_text, columns, task, raw, raw_dev)
-        more = [_without_label(sample, examples.labels[0]) for sample in tokens(unlabelled)]
-        facts = MoreTextFacts(len(unlabelled), request.more_text.share, text_hash(unlabelled))
+        others = read_more_text(request.more_text, columns, task, raw, raw_dev)
+        more = [_without_label(sample, examples.labels[0]) for sample in tokens(others)]
+        facts = MoreTextFacts(len(others), request.more_text.share, text_hash(others))
+    train = tokens(examples)
+    if blank and LABELS[task.label].per_token:
+        train = [_without_label(sample, []) for sample in train]
     held_out = [] if scored is None else tokens(scored)
     names = None if classes is None else list(classes.names)
     numbered = any(found is not None and found.numbered for found in (classes, dev_classes))
-    data = TaskData(
-        task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold, more, facts
-    )
+    data = TaskData(task, train, held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold, more, facts)
     _require_rows(source, data, tokenizer)
     return data
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, Inspection
 
 # What `nxm inspect` shows without --all: no hashes and names of formats, notes of a graph as long as two lines.
-_UNASKED_METRICS = ("schema", "kind", "mask_hash", "qat_steps", "held_out_samples", "average")
+_UNASKED_METRICS = ("schema", "kind", "mask_hash", "qat_steps", "held_out_samples", "average", "distance_measure")
+_IN_FIRST_LINE = ("model_type", "task", "weight_bytes")  # of a checkpoint
 _UNASKED_NOTES = ("nxm.schema", "nxm.weights", "nxm.gelu", "nxm.lowering", "nxm.precision_overrides")
 _NOTE, _NOTES = 100, 6
 
@@ -90,7 +91,8 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
         click.echo(first_lines.of_checkpoint(facts))
         known = {key: value for key, value in facts.metrics.items() if value is not None}
         metrics = {key: value for key, value in known.items() if everything or key not in _UNASKED_METRICS}
-        print_facts(title, {**facts.to_dict(), "metrics": metrics})
+        told = {key: fact for key, fact in facts.to_dict().items() if everything or key not in _IN_FIRST_LINE}
+        print_facts(title, {**told, "metrics": metrics})
         print_next(f"nxm export {path} --out graph")
     elif isinstance(facts, EngineInspection):
         _print_engine(title, facts, everything)

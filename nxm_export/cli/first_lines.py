@@ -6,24 +6,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxm_export.cli.tables import score_text
+from nxm_export.cli.tables import score_text, share_text
 
 if TYPE_CHECKING:
     from engines.benchmark.http_load import LoadReport
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from nxm_export.contract.packed_checkpoint import PackedSizes
-    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, Measure
     from nxm_export.contract.records.search_result import SearchResult
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.inspection import CheckpointFacts, EngineInspection, GraphFacts
 
 
 def of_compression(metrics: CompressionMetrics) -> str:
-    """What the compressed checkpoint scores. How that differs from the dense model, `nxm run` measures."""
+    """What the compressed checkpoint scores, and how far its answers are from the dense model's. Whether the scores
+    differ, `nxm run` says, with a paired interval."""
     low, high = metrics.interval or (None, None)
     interval = "no interval" if low is None or high is None else f"{low:.4f} to {high:.4f}, 95 %"
-    return f"Compressed: {metrics.metric} {score_text(metrics.value)} ({interval}) on {metrics.dev_samples} samples."
+    score = f"Compressed: {metrics.metric} {score_text(metrics.value)} ({interval}) on {metrics.dev_samples} samples."
+    if metrics.distance_measure is None:
+        return score
+    same = "" if metrics.same_answers is None else f"{share_text(metrics.same_answers)} of the answers are the same, "
+    apart = _DISTANCES[metrics.distance_measure].format(score_text(metrics.distance_to_dense))
+    return f"{score}\nDense: {metrics.metric} {score_text(metrics.dense_value)}; {same}{apart}."
+
+
+_DISTANCES: dict[Measure, str] = {
+    "kl": "KL(dense || compressed) {} nats",
+    "squared-error": "mean squared difference {}",
+    "relative-squared-distance": "mean squared distance {} of the squared length",
+}
 
 
 def of_search(result: SearchResult) -> str:

@@ -163,7 +163,7 @@ def load_raw(
     if tokens is not None:
         first = only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text-column")
         split_texts = [tokens(row, first, place) for place, row in rows]
-        if unlabelled:
+        if unlabelled and not (columns.label or set(TAG_COLUMNS) & set(names)):
             tags: list[RawLabel] = [None] * len(rows)
         else:
             third = only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")

@@ -85,8 +85,8 @@ def load_labelled(
     """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line.
 
     Labels that the map of `columns` names are what it says. Rows without a label (-1, unless the `head` or the map has
-    a class of that name) and without tokens are left out. With `texts_alone` a file may have no column of labels, in
-    tasks whose label is a cell beside the text.
+    a class of that name) and without tokens are left out. With `texts_alone` a file may have no column of labels;
+    answers are then not read at all, so that questions without one tell nothing of the model.
     """
     kind = LABELS[task.label]
     if texts_alone and kind.load is None and not kind.per_token:
@@ -96,7 +96,7 @@ def load_labelled(
     if columns.label_map and (kind.names is None or kind.load is not None):
         raise DataError(f"{source}: task {task.name} has no classes that labels could stand for; drop --label-map")
     if kind.load is not None:
-        return kind.load(source, columns)
+        return load_unlabelled(source, columns, task) if texts_alone else kind.load(source, columns)
     if kind.pairs:
         plain = kind.separate and split == "train"
         raw = _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=True), task, plain)
@@ -112,7 +112,8 @@ def load_labelled(
         return _without_unlabelled(mapped, {*columns.label_map.values(), *_as_labels(head or ())})
     if columns.pair is not None:
         raise DataError(f"{source}: task {task.name} takes one text; drop --pair-column")
-    return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
+    raw = load_raw(source, split, columns, label=kind.cell, tokens=_tokens, unlabelled=texts_alone)
+    return _mapped(_aligned(raw), columns.label_map) if has_labels(raw) else _with_tokens(raw)
 
 
 def load_unlabelled(source: str, columns: Columns, task: Task) -> RawExamples:
@@ -122,10 +123,16 @@ def load_unlabelled(source: str, columns: Columns, task: Task) -> RawExamples:
     if kind.load is not None:
         return load_questions(source, columns, answered=False)
     if kind.per_token:
-        raw = load_raw(source, "train", columns, label=_none, tokens=_tokens, unlabelled=True)
-        return raw.kept([bool(tokens) for tokens in raw.tokens or ()])
+        return _with_tokens(load_raw(source, "train", columns, label=_none, tokens=_tokens, unlabelled=True))
     raw = load_raw(source, "train", columns, label=_none, unlabelled=True)
     return _require_pairs(raw, task, kind.separate) if kind.pairs else raw
+
+
+def unlabelled(texts: list[str], pairs: list[str] | None, source: str, task: Task) -> Examples:
+    """Examples without labels: theirs are NaN, or no answers, which say nothing of whether a model may give none."""
+    if LABELS[task.label].load is not None:
+        return Examples(texts, pairs, [()] * len(texts), source, encoder=windows)
+    return Examples(texts, pairs, [math.nan] * len(texts), source)
 
 
 def has_labels(raw: RawExamples) -> bool:
@@ -374,6 +381,12 @@ def _aligned(raw: RawExamples) -> RawExamples:
     for tokens, tags, place in zip(raw.tokens, map(_texts, raw.labels), raw.places, strict=True):
         if len(tokens) != len(tags):
             raise DataError(f"{place}: {len(tokens)} tokens and {len(tags)} tags; every token needs one tag")
+    return _with_tokens(raw)
+
+
+def _with_tokens(raw: RawExamples) -> RawExamples:
+    """The sentences that have tokens."""
+    assert raw.tokens is not None
     if not any(raw.tokens):
         raise DataError(f"{raw.source}: no sentence has a token")
     return raw.kept([bool(tokens) for tokens in raw.tokens])

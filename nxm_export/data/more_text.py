@@ -6,7 +6,6 @@ A small training set is learned by heart. Texts of the same kind from elsewhere 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
@@ -14,7 +13,7 @@ from itertools import repeat
 from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, RawExamples
-from nxm_export.data.label_kinds import LABELS, load_unlabelled, read_by_model
+from nxm_export.data.label_kinds import LABELS, load_unlabelled, read_by_model, unlabelled
 from nxm_export.errors import DataError, notice
 
 MORE_TEXT_SHARE = 0.5
@@ -61,10 +60,7 @@ def read_more_text(
         raise DataError(f"{source}: no text is left beside those of the dev data; leave --more-text out")
     firsts = [first for first, _ in left]
     seconds = [second for _, second in left] if any(second for _, second in left) else None
-    if kind.load is not None:
-        blank = RawExamples(firsts, seconds, [()] * len(left), [""] * len(left), source)
-        return kind.apply(blank, {})
-    return Examples(firsts, seconds, [math.nan] * len(left), source)
+    return unlabelled(firsts, seconds, source, task)
 
 
 def text_hash(examples: Examples) -> str:

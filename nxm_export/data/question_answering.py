@@ -46,7 +46,7 @@ def load_questions(source: str, columns: Columns, *, answered: bool = True) -> R
 
     The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text":
     [...], "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``. Unless
-    they are wanted `answered`, none needs answers, and they are not read.
+    they are wanted `answered`, none needs answers, they are not read, and labels are None.
     """
     path = Path(source)
     if not path.is_file():
@@ -64,7 +64,7 @@ def load_questions(source: str, columns: Columns, *, answered: bool = True) -> R
     return RawExamples(
         [question for _, question, _, _ in rows],
         [context for _, _, context, _ in rows],
-        [answers for _, _, _, answers in rows],
+        [answers if answered else None for _, _, _, answers in rows],
         [place for place, _, _, _ in rows],
         str(path),
     )

@@ -119,9 +119,32 @@ class TrainingFacts:
     more_text: MoreTextFacts | None = None
 
 
+Measure = Literal["kl", "squared-error", "relative-squared-distance"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class CompressionMetrics(TrainingFacts, Scores):
-    """Of a compressed checkpoint: its scores, how it was compressed, and what its INT8 embedding table costs.
+class DistanceToDense:
+    """How far a compressed model's answers to the dev samples are from the dense model's; all None in files from before
+    it was measured.
+
+    `dense_value` is the metric of the dense model. `distance_to_dense` is a mean over samples, over tokens where those
+    have tags, and over windows of questions: by `distance_measure` KL(dense || compressed) in nats (of multi-label
+    summed over labels, of questions over start and end), the squared difference of scores, or the squared distance of
+    vectors relative to the dense one's squared length. `same_answers` is the share, 0 to 1, of samples with the same
+    class or the same set of labels, of labelled tokens with the same tag, or of questions with the same answer; None
+    for scores and vectors.
+    """
+
+    dense_value: float | None = None
+    distance_to_dense: float | None = None
+    distance_measure: Measure | None = None
+    same_answers: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionMetrics(DistanceToDense, TrainingFacts, Scores):
+    """Of a compressed checkpoint: its scores, how it was compressed, how far it is from the dense model, and what its
+    INT8 embedding table costs.
 
     `embedding_table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with
     its 95 % paired interval; None where the table is in float.
@@ -136,14 +159,16 @@ class CompressionMetrics(TrainingFacts, Scores):
         cls,
         scores: Scores,
         facts: TrainingFacts,
+        to_dense: DistanceToDense,
         *,
         embedding_table_drop: float | None,
         embedding_table_drop_interval: tuple[float, float] | None,
     ) -> CompressionMetrics:
-        """The metrics with these scores and these facts of the training."""
+        """The metrics with these scores, these facts of the training and this distance."""
         return cls(
             **vars(scores),
             **vars(facts),
+            **vars(to_dense),
             embedding_table_drop=embedding_table_drop,
             embedding_table_drop_interval=embedding_table_drop_interval,
         )

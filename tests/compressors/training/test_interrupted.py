@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,66 +29,89 @@ def test_what_a_run_with_another_plan_left_behind_is_not_used(prepared: Path, tm
 
 
 SCRIPT = """
-import json, sys
+import json, os, signal, sys
 from compressors.training.compress import compress
 from compressors.settings import Settings
 from compressors.models import resolve
 from nxm_export.contract.plan import WeightSpec
 
-prepared, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+prepared, out, settings, moment = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+
+def progress(what, done, total):
+    print(what, done, flush=True)
+    if f"{what} {done}" == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
 source = resolve(prepared + "/dense")
 metrics = compress(
     prepared + "/dense", task="classification", train=prepared + "/train.tsv", dev=prepared + "/dev.tsv",
     plan=source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4")), out=out, settings=Settings(**settings),
-    progress=lambda what, done, total: print(what, done, flush=True),
+    progress=progress,
 )
 print(json.dumps(metrics.to_dict()))
 """
 
 
-def start(prepared: Path, out: Path) -> subprocess.Popen[str]:
-    settings = {**FAST, "recipe": "nxm", "steps": 60, "batch_size": 8, "dual_updates": 6}
-    command = [sys.executable, "-c", SCRIPT, str(prepared), str(out), json.dumps(settings)]
+def start(prepared: Path, out: Path, recipe: str = "nxm", moment: str = "never") -> subprocess.Popen[str]:
+    """A compression in a process of its own, which kills itself (-9) at a moment."""
+    settings = {**FAST, "recipe": recipe, "steps": 60, "batch_size": 8, "dual_updates": 6}
+    command = [sys.executable, "-c", SCRIPT, str(prepared), str(out), json.dumps(settings), moment]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
 
 
+@dataclass(frozen=True)
+class Whole:
+    """An uninterrupted run."""
+
+    recipe: str
+    checkpoint: Path
+    metrics: dict[str, object]
+
+
 @pytest.fixture(scope="module")
-def whole(prepared: Path) -> tuple[Path, dict[str, object]]:
-    """(checkpoint, metrics) of an uninterrupted run."""
-    stdout, stderr = start(prepared, prepared / "whole").communicate(timeout=300)
+def whole(prepared: Path, request: pytest.FixtureRequest) -> Whole:
+    """One by the recipe that a test names."""
+    checkpoint = prepared / f"whole-{request.param}"
+    stdout, stderr = start(prepared, checkpoint, request.param).communicate(timeout=300)
     assert stdout.strip(), stderr
-    return prepared / "whole", json.loads(stdout.splitlines()[-1])
+    return Whole(request.param, checkpoint, json.loads(stdout.splitlines()[-1]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["admm 15", "qat 20"])
+@pytest.mark.parametrize(
+    ("whole", "moment", "first"),
+    [
+        ("nxm", "admm 15", None),
+        ("nxm", "qat 20", None),
+        ("admm", "solve 9", 7),  # inside the second block, of which no layer is kept; the first has six
+        ("admm", "qat 20", None),
+    ],
+    indirect=["whole"],
+)
 def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(
-    prepared: Path, whole: tuple[Path, dict[str, object]], tmp_path: Path, moment: str
+    prepared: Path, whole: Whole, tmp_path: Path, moment: str, first: int | None
 ) -> None:
-    child = start(prepared, tmp_path / "killed")
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.strip() == moment:
-            child.send_signal(signal.SIGKILL)
-            break
-    child.wait()
+    child = start(prepared, tmp_path / "killed", whole.recipe, moment)
+    _, stderr = child.communicate(timeout=300)
+    assert child.returncode == -signal.SIGKILL, stderr
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.work").is_dir()
 
-    again = start(prepared, tmp_path / "killed")
+    again = start(prepared, tmp_path / "killed", whole.recipe)
     stdout, stderr = again.communicate(timeout=300)
     assert again.returncode == 0, stderr
-    first = next(line for line in stdout.splitlines() if line.startswith(moment.split()[0]))
-    assert int(first.split()[1]) > 0  # it went on, it did not start again
-    assert not [line for line in stdout.splitlines() if line.startswith(("calibrate", "outputs"))]  # nor measured again
+    phase = moment.split()[0]
+    done = [int(line.split()[1]) for line in stdout.splitlines() if line.startswith(f"{phase} ")]
+    assert done[0] > 0 if first is None else done[0] == first  # it went on, it did not start again
+    again_done = ("calibrate", "outputs", *(["solve"] if phase == "qat" else []))
+    assert not [line for line in stdout.splitlines() if line.startswith(again_done)]  # nor measured or solved again
     resumed = json.loads(stdout.splitlines()[-1])
-    assert resumed["mask_hash"] == whole[1]["mask_hash"]
-    assert resumed["value"] == whole[1]["value"]
+    assert resumed == whole.metrics
     for name in ("model.safetensors", "nxm_scales.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (whole[0] / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (whole.checkpoint / name).read_bytes()
     lines, uninterrupted = (
         [json.loads(line) for line in (checkpoint / "train_log.jsonl").read_text().splitlines()]
-        for checkpoint in (tmp_path / "killed", whole[0])
+        for checkpoint in (tmp_path / "killed", whole.checkpoint)
     )
     assert [line for line in lines if "residual" in line] == [line for line in uninterrupted if "residual" in line]
     assert len({(line["phase"], line["step"], "residual" in line) for line in lines}) == len(lines)  # nothing twice

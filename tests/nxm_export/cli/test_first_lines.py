@@ -11,8 +11,14 @@ from click.testing import CliRunner, Result
 
 from engines.benchmark.latency import BenchReport, Timing
 from nxm_export.cli import main
-from nxm_export.cli.first_lines import of_bench
+from nxm_export.cli.first_lines import of_bench, of_compression
 from nxm_export.contract.choices import BACKEND_NAMES
+from nxm_export.contract.records.checkpoint_metrics import (
+    CompressionMetrics,
+    DistanceToDense,
+    Scores,
+    TrainingFacts,
+)
 from nxm_export.contract.records.speedup import Speedup
 from nxm_export.pipeline.environment import missing_for
 
@@ -109,3 +115,30 @@ def test_a_speed_is_called_what_its_intervals_show(intervals: list[tuple[float, 
     timing = Timing("a", 1, 32, 2.0, (1.9, 2.1), 30)
     ratios = tuple(Speedup("b", "a", 1, at + 1, 1.0, interval) for at, interval in enumerate(intervals))
     assert of_bench(BenchReport((timing,), ratios)) == f"Against a: b: {word}."
+
+
+@pytest.mark.parametrize(
+    ("to_dense", "said"),
+    [
+        (DistanceToDense(), ""),
+        (
+            DistanceToDense(dense_value=0.75, distance_to_dense=0.0125, distance_measure="kl", same_answers=0.9),
+            "\nDense: accuracy 0.7500; 90.00% of the answers are the same, KL(dense || compressed) 0.0125 nats.",
+        ),
+        (
+            DistanceToDense(dense_value=0.75, distance_to_dense=0.5, distance_measure="squared-error"),
+            "\nDense: accuracy 0.7500; mean squared difference 0.5000.",
+        ),
+        (
+            DistanceToDense(dense_value=0.75, distance_to_dense=None, distance_measure="relative-squared-distance"),
+            "\nDense: accuracy 0.7500; mean squared distance NaN of the squared length.",
+        ),
+    ],
+)
+def test_a_compression_says_how_far_it_is_from_the_dense_model(to_dense: DistanceToDense, said: str) -> None:
+    scores = Scores(metric="accuracy", value=0.5, interval=None, dev_samples=8)
+    facts = TrainingFacts(recipe="admm", steps=0, train_samples=8, held_out_samples=0, qat_steps=0, mask_hash="ab")
+    metrics = CompressionMetrics.of(
+        scores, facts, to_dense, embedding_table_drop=None, embedding_table_drop_interval=None
+    )
+    assert of_compression(metrics) == f"Compressed: accuracy 0.5000 (no interval) on 8 samples.{said}"

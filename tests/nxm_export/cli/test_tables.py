@@ -17,7 +17,7 @@ from nxm_export.cli.output import show_result
 from nxm_export.cli.run_tables import print_compression, print_search, print_summary
 from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.cli.tables import busy_note, print_facts, print_table
-from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, Scores, TrainingFacts
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DistanceToDense, Scores, TrainingFacts
 from nxm_export.contract.records.run_summary import OneClass
 from nxm_export.contract.records.search_result import (
     FullRun,
@@ -129,7 +129,9 @@ def test_a_compression_says_what_it_did_and_no_hash(capsys: Capture) -> None:
         recipe="obs", steps=120, train_samples=800, held_out_samples=80, qat_steps=120, mask_hash="abc",
         outputs_in_float={f"bert.encoder.layer.{n}.output.dense.weight": 0.01 for n in (1, 2)},
     )  # fmt: skip
-    metrics = CompressionMetrics.of(scores, facts, embedding_table_drop=0.5, embedding_table_drop_interval=None)
+    metrics = CompressionMetrics.of(
+        scores, facts, DistanceToDense(), embedding_table_drop=0.5, embedding_table_drop_interval=None
+    )
     print_compression("made", metrics, "new")
     assert lines(capsys)[4:-1] == [
         "mcc 0.6145",

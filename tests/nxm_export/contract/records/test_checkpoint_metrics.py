@@ -12,6 +12,7 @@ import pytest
 from nxm_export.contract.records.checkpoint_metrics import (
     CompressionMetrics,
     DenseMetrics,
+    DistanceToDense,
     PermutationFacts,
     Scores,
     TrainingFacts,
@@ -44,6 +45,10 @@ COMPRESSED = CompressionMetrics(
     residual_gate_passed=False,
     embedding_table_drop=-0.5,
     embedding_table_drop_interval=(-1.0, 0.0),
+    dense_value=0.75,
+    distance_to_dense=0.125,
+    distance_measure="kl",
+    same_answers=0.5,
 )
 
 
@@ -55,7 +60,7 @@ def test_metrics_are_read_back_as_they_were(metrics: DenseMetrics | CompressionM
     assert read_metrics(tmp_path) == metrics
 
 
-def fields_of(record: Scores | TrainingFacts) -> dict[str, object]:
+def fields_of(record: Scores | TrainingFacts | DistanceToDense) -> dict[str, object]:
     return {entry.name: getattr(record, entry.name) for entry in fields(record)}
 
 
@@ -79,11 +84,24 @@ def test_metrics_have_every_field_of_what_they_are_made_of() -> None:
     )
     dense = DenseMetrics.of(scores, steps=12, revision="main")
     assert fields_of(dense) == {**fields_of(scores), "kind": "dense", "steps": 12, "revision": "main"}
+    to_dense = DistanceToDense(dense_value=0.5, distance_to_dense=0.25, distance_measure="kl", same_answers=0.75)
     compressed = CompressionMetrics.of(
-        scores, facts, embedding_table_drop=-0.5, embedding_table_drop_interval=(-1.0, 0.0)
+        scores, facts, to_dense, embedding_table_drop=-0.5, embedding_table_drop_interval=(-1.0, 0.0)
     )
     table = {"embedding_table_drop": -0.5, "embedding_table_drop_interval": (-1.0, 0.0)}
-    assert fields_of(compressed) == {**fields_of(scores), **fields_of(facts), "kind": "compressed", **table}
+    assert fields_of(compressed) == {
+        **fields_of(scores),
+        **fields_of(facts),
+        **fields_of(to_dense),
+        "kind": "compressed",
+        **table,
+    }
+
+
+def test_metrics_from_before_the_distance_to_the_dense_model_was_measured_have_none(tmp_path: Path) -> None:
+    unknown = replace(COMPRESSED, dense_value=None, distance_to_dense=None, distance_measure=None, same_answers=None)
+    old = {name: value for name, value in COMPRESSED.to_dict().items() if name not in fields_of(DistanceToDense())}
+    assert metrics_in(tmp_path, json.dumps(old)) == unknown
 
 
 def metrics_in(directory: Path, text: str) -> DenseMetrics | CompressionMetrics:

@@ -171,7 +171,6 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     "--candidates",
     default=",".join(DEFAULT_CANDIDATES),
     show_default=True,
-    metavar="OPTION,...",
     help="Options of `nxm search`; those that ENGINEs have no time of are left out.",
 )
 @click.option("--rounds", type=Whole(min=1), help="Runs of each engine on a CPU.  [default: 20]")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from nxm_export.contract.choices import HINT, HINTS, SPARSE_USE, SPARSE_USES, SparseUse
+from nxm_export.contract.choices import HINT, HINTS, SPARSE_USE, SPARSE_USES
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
@@ -140,7 +140,7 @@ class BuildOptions:
     shapes: Sequence[tuple[int, int]] = ()
     profiles: Sequence[Profile] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
-    sparse: SparseUse = SPARSE_USE
+    sparse: Literal["auto", "always", "never"] = SPARSE_USE
     fuse: bool = True
     oldest_onnxruntime: str | None = None
     level: int | None = None

@@ -181,7 +181,7 @@ class EnginePassport:
         return self.text_option("twin")
 
     @property
-    def sparse(self) -> SparseUse:
+    def sparse(self) -> Literal["auto", "always", "never"]:
         """Where sparse kernels were allowed; older passports have true or false."""
         given = _known_options({"sparse": self.options.get("sparse")}, PASSPORT_FILE).sparse
         return given if isinstance(given, str) else "never" if given is False else SPARSE_USE

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
     from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.records.latency_table import LatencySource
     from nxm_export.contract.records.matrix_facts import ProductCounts
     from nxm_export.contract.records.run_summary import RunSummary
     from nxm_export.contract.records.search_result import SearchResult
@@ -144,6 +145,7 @@ _HOMES = {
     "SearchSettings": "compressors.search.settings",
     "SearchResult": "nxm_export.contract.records.search_result",
     "RunSummary": "nxm_export.contract.records.run_summary",
+    "LatencySource": "nxm_export.contract.records.latency_table",
     "BuildOptions": "engines.base",
     "Profile": "engines.base",
     "EnginePassport": "engines.passport",
@@ -187,6 +189,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "Settings",
     "Losses",
     "SearchSettings",
+    "LatencySource",
     "BuildOptions",
     "Profile",
     "ModelOptions",

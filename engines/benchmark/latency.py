@@ -35,7 +35,7 @@ SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
 _UNLIKE = (
     "the runs of one are launched as a CUDA graph, those of the other kernel by kernel, which takes longer whichever "
-    "kernels they are; a notice says why there is no graph"
+    "kernels they are; TensorRT-RTX has no graphs, and elsewhere a notice says why there is none"
 )
 WARMUP = 3  # runs of each engine, at least
 GPU_WARM_UP_S = 1.0  # an idle GPU raises its clocks over some tenths of a second

@@ -44,7 +44,7 @@ from engines.sparsity.kernel_names import kernel_named
 from nxm_export.contract.checkpoint import read_config, task_at
 from nxm_export.contract.choices import TASK
 from nxm_export.contract.tasks import TASKS
-from nxm_export.errors import NxmError
+from nxm_export.errors import EngineUnavailable, NxmError
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.protocols import HasAttention
 from nxm_export.pipeline.engine_comparison import compare_engines
@@ -53,7 +53,8 @@ from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
 from nxm_export.storage.atomic import make_directory, write_atomic
 from nxm_export.storage.json_files import encode, read_record
-from tools.gpu.evidence import MODELS, Parity, Sparsity, parity, profiles_of, shape_of
+from tools.gpu.arguments import fitting, names_of, shapes
+from tools.gpu.evidence import MODELS, Parity, Sparsity, parity, profiles_of
 from tools.gpu.pages import write_page
 from tools.gpu.random_checkpoint import write_checkpoint
 
@@ -188,21 +189,21 @@ class Measuring:
     def _measure(self) -> None:
         checkpoint = self._timed("checkpoint", self._checkpoint)
         positions = int(cast(int, read_config(checkpoint)["max_position_embeddings"]))
-        shapes = [shape for shape in self.plan.shapes if shape[1] <= positions]
-        self._timed("twins", lambda: self._build(checkpoint, shapes))
+        taken = fitting(self.plan.shapes, positions)
+        self._timed("twins", lambda: self._build(checkpoint, taken))
         self._timed("profile", self._inspect)
         with ExitStack() as stack:
             engines = {name: stack.enter_context(backend.load(self.work / name)) for name in TWINS}
             vocabulary = int(cast(int, read_config(checkpoint)["vocab_size"]))
-            for shape in shapes:
+            for shape in taken:
                 if self.plan.is_over:
                     self._add(skipped=(*self.result.skipped, "x".join(map(str, shape))))
                     continue
                 self._bench(engines, shape, vocabulary)
         theirs = self.subject.placement in (None, PLACEMENTS[0])  # it has no quantizers: once is enough
-        longest, few = max(sequence for _, sequence in shapes), shapes[: self.plan.compiled]
+        longest, few = max(sequence for _, sequence in taken), taken[: self.plan.compiled]
         if theirs:
-            self._tried("hugging face", lambda: self._hugging_face("fp16", checkpoint, shapes, vocabulary))
+            self._tried("hugging face", lambda: self._hugging_face("fp16", checkpoint, taken, vocabulary))
         self._tried("parity", lambda: self._add(parity=parity(checkpoint, self.work, longest, vocabulary)))
         if (data := self.data) is not None:
             engines_at = [self.work / name for name in TWINS]
@@ -441,10 +442,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files and the page")
     parser.add_argument("--budget", type=float, default=400, help="seconds; what was not reached is listed")
-    parser.add_argument("--models", default="bert-base,minilm,bert-large", help=f"of {', '.join(MODELS)}; '' for none")
+    models = "bert-base,minilm,bert-large"
+    parser.add_argument("--models", type=names_of(MODELS), default=models, help=f"of {', '.join(MODELS)}; '' for none")
     parser.add_argument("--checkpoint", action="append", default=[], help="a compressed checkpoint; may be repeated")
     parser.add_argument("--data", help="labelled rows, such as a dev.tsv: checkpoints are compared on them, too")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="batch x sequence; the first matter most")
+    parser.add_argument(
+        "--shapes", type=shapes, default=",".join(SHAPES), help="batch x sequence; the first matter most"
+    )
     parser.add_argument("--layers", type=int, help="of the models, fewer than they have: export takes less time")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
@@ -459,24 +463,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [Path(path).name for path in options.checkpoint]
     if len(set(names)) < len(names):
         parser.error("--checkpoint: results are kept by the names of directories, and two have one name; link them")
-    if options.rehearse:
-        with rehearsal() as machine:
-            return measure_all(options, machine)
     try:
-        machine = this_machine()
+        if options.rehearse:
+            with rehearsal() as machine:
+                return measure_all(options, machine)
+        return measure_all(options, this_machine())
     except NxmError as error:
-        print(f"tools.gpu.engine_twins: {error}; --rehearse runs on the CPU", file=sys.stderr)
+        way_out = "; --rehearse runs on the CPU" if isinstance(error, EngineUnavailable) else ""
+        print(f"tools.gpu.engine_twins: {error}{way_out}", file=sys.stderr)
         return 1
-    return measure_all(options, machine)
 
 
 def measure_all(options: argparse.Namespace, machine: Machine) -> int:
     """Every subject on a machine, until the budget is spent; 0 where anything was timed."""
     began = time.monotonic()
     make_directory(options.out)
-    shapes = tuple(shape_of(text) for text in options.shapes.split(","))
     until = began + options.budget
-    plan = Plan(shapes, options.rounds, options.out, options.work, until, options.compile, machine, options.data)
+    plan = Plan(
+        tuple(options.shapes), options.rounds, options.out, options.work, until, options.compile, machine, options.data
+    )
     results: list[Result] = []
     skipped: list[str] = []
 
@@ -486,8 +491,7 @@ def measure_all(options: argparse.Namespace, machine: Machine) -> int:
     before = signal.signal(signal.SIGTERM, stop)  # `timeout` ends the measuring; the tables are printed all the same
     measuring = None
     try:
-        models = [name for name in options.models.split(",") if name]
-        for subject in subjects(models, options.checkpoint, options.layers):
+        for subject in subjects(options.models, options.checkpoint, options.layers):
             if plan.is_over:
                 skipped.append(subject.name)
                 continue

@@ -30,6 +30,7 @@ from nxm_export.errors import NxmError
 from nxm_export.hf.protocols import AutoClass
 from nxm_export.storage.atomic import atomic_dir, write_atomic
 from nxm_export.storage.json_files import encode, read_record
+from tools.gpu.arguments import fitting, names_of, shapes
 from tools.rendering import render
 
 # name -> (hidden, layers, heads, positions)
@@ -137,8 +138,9 @@ def variants(model: str, weakly_typed: bool, capability: str) -> list[Variant]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="minilm,bert-base,bert-large", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="batch x sequence, comma-separated")
+    models = "minilm,bert-base,bert-large"
+    parser.add_argument("--models", type=names_of(MODELS), default=models, help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--shapes", type=shapes, default=",".join(SHAPES), help="batch x sequence, comma-separated")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--level", type=int, default=4, help="builder optimization level")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
@@ -155,11 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NxmError as error:
         print(f"tools.gpu.evidence: {error}", file=sys.stderr)
         return 1
-    shapes = [shape_of(text) for text in options.shapes.split(",")]
     weakly_typed = int(version.split(".")[0]) < 10
-    plan = Plan(shapes, options.rounds, options.level, options.work, weakly_typed)
+    plan = Plan(options.shapes, options.rounds, options.level, options.work, weakly_typed)
     results = []
-    for model in options.models.split(","):
+    for model in options.models:
         for variant in variants(model, weakly_typed, device["compute_capability"]):
             if options.only not in variant.name:
                 continue
@@ -181,12 +182,6 @@ def kept_at(plan: Plan, version: str, gpu: str, variant: Variant) -> Path:
     return plan.work / version / gpu.replace(" ", "_") / plan.name / f"{variant.name}.json"
 
 
-def shape_of(text: str) -> tuple[int, int]:
-    """Batch and sequence of ``8x128``."""
-    batch, _, sequence = text.partition("x")
-    return int(batch), int(sequence)
-
-
 def measure(variant: Variant, plan: Plan) -> Result:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
     from nxm_export.pipeline.engine_sparsity import measure_layers
@@ -195,12 +190,13 @@ def measure(variant: Variant, plan: Plan) -> Result:
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
     work = plan.work / "build" / plan.name / variant.name
-    shapes = [shape for shape in plan.shapes if shape[1] <= MODELS[variant.model][3]]
-    result = Result(variant, shapes)
+    result = Result(variant, [])
     try:
+        taken = fitting(plan.shapes, MODELS[variant.model][3])
+        result = replace(result, shapes=taken)
         checkpoint = one_shot(variant, plan.work / "checkpoints")
         exported = TwinGraphs("trt8" if plan.weakly_typed else "trt", variant.lowering, variant.placement)
-        settings = BuildOptions(profiles=profiles_of(shapes), level=plan.level)
+        settings = BuildOptions(profiles=profiles_of(taken), level=plan.level)
         began = time.monotonic()
         build_twins(checkpoint, work, "trt", settings, exported)
         result = replace(result, build_seconds=round(time.monotonic() - began, 1))
@@ -212,8 +208,8 @@ def measure(variant: Variant, plan: Plan) -> Result:
             result,
             sparsity=_sparsity(inspect_engine(sparse, twin=dense).sparsity),
             log=tuple(line for line in log if "(Sparsity)" in line),
-            parity=parity(checkpoint, work, max(sequence for _, sequence in shapes)),
-            bench=bench_engines([work], shapes, plan.rounds, None),
+            parity=parity(checkpoint, work, max(sequence for _, sequence in taken)),
+            bench=bench_engines([work], taken, plan.rounds, None),
         )
         if result.sparsity is not None and not result.sparsity.share:
             result = replace(result, forced=force(work, settings))

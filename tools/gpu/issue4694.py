@@ -25,7 +25,8 @@ from nxm_export.errors import NxmError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.inspection import inspect_engine
 from nxm_export.storage.atomic import atomic_dir, write_atomic
-from tools.gpu.evidence import MODELS, profiles_of, shape_of
+from tools.gpu.arguments import names_of, shape
+from tools.gpu.evidence import MODELS, profiles_of
 from tools.gpu.random_checkpoint import write_checkpoint
 
 PRESETS = {"float-out": "inputs", "int8-out": "inputs-outputs"}  # name -> placement of quantizers
@@ -69,14 +70,14 @@ def table(built: Mapping[str, Counter[Form]]) -> str:
 def build(preset: str, options: argparse.Namespace) -> Counter[Form]:
     """Build one preset, where it is not there from before, and count its forms."""
     model = f"{options.model}-{options.layers or 'all'}"
-    work: Path = options.work / f"{model}-{options.backend}-{options.shape}-level-{options.level}"
+    work: Path = options.work / f"{model}-{options.backend}-{'x'.join(map(str, options.shape))}-level-{options.level}"
     checkpoint = write_checkpoint(options.model, options.work / "checkpoints" / model, options.layers)
     engine = work / preset
     if not engine.is_dir():
         with atomic_dir(work / f"{preset}-graph", replace_any=True) as scratch:
             graph = export(checkpoint, scratch / "graph", target="trt", placement=PRESETS[preset])
             with atomic_dir(engine) as made:
-                settings = BuildOptions(profiles=profiles_of([shape_of(options.shape)]), level=options.level)
+                settings = BuildOptions(profiles=profiles_of([options.shape]), level=options.level)
                 backend(options.backend).build(graph.path, made, settings)
     report = inspect_engine(engine).sparsity
     assert report is not None, "both builders give one"
@@ -92,16 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=[name for name in BACKENDS if name in BUILDERS], default="trt_rtx")
     parser.add_argument("--model", choices=list(MODELS), default="minilm")
     parser.add_argument("--layers", type=int, help="fewer encoder layers than the model has")
-    parser.add_argument("--presets", default=",".join(PRESETS), help=f"of {', '.join(PRESETS)}")
-    parser.add_argument("--shape", default="32x128", help="batch x sequence")
+    parser.add_argument("--presets", type=names_of(PRESETS), default=",".join(PRESETS), help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--shape", type=shape, help="batch x sequence [32x128, or as long as the model takes]")
     parser.add_argument("--level", type=int, default=4, help="builder optimization level")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     parser.add_argument("--work", type=Path, default=Path("runs/issue4694"), help="engines; kept between calls")
     options = parser.parse_args(arguments)
+    options.shape = options.shape or (32, min(128, MODELS[options.model][3]))
     built: dict[str, Counter[Form]] = {}
-    for preset in options.presets.split(","):
-        if preset not in PRESETS:
-            parser.error(f"--presets {preset!r}: give {', '.join(PRESETS)}")
+    for preset in options.presets:
         try:
             built[preset] = build(preset, options)
         except NxmError as error:

@@ -140,6 +140,7 @@ class Probe:
         """Everything, in order of value."""
         steps, few = self.options.steps, self.options.cpu_steps
         pairs = [
+            Request("admm", "inputs", "2:4+W4", {"recipe": "admm", "steps": few}),
             Request("one-shot", "attention", "2:4+W8", {"recipe": "one-shot"}),
             Request("obs", "inputs", "2:4+W8", {"recipe": "obs", "steps": few}),
             Request("nxm-fp32", "inputs", "2:4+W4", {"recipe": "nxm", "steps": few}),
@@ -358,7 +359,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and not options.cpu_only:
         print("tools.gpu.training_probe: torch sees no CUDA device here; --cpu-only rehearses", file=sys.stderr)
         return 1
-    make_directory(options.out)
+    try:
+        if not (options.data / "dense").is_dir():
+            raise DataError(f"{options.data} has no dense/; make it: python -m tools.gpu.training_probe pack RUN")
+        make_directory(options.out)
+    except NxmError as error:
+        print(f"tools.gpu.training_probe: {error}", file=sys.stderr)
+        return 1
     probe = Probe(options.data, options.out, options)
     try:
         probe.run()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from nxm_export.errors import NxmError
 from nxm_export.storage.atomic import make_directory, write_atomic
 from tools.gpu import cusparselt
+from tools.gpu.arguments import counts, names_of
 from tools.gpu.cusparselt import encoder_layer, gemms
 from tools.gpu.cusparselt.encoder_layer import LayerBench, LayerTimes
 from tools.gpu.cusparselt.gemms import LEAST_GAIN, Gemm, GemmBench, products_of, verdict_rows
@@ -114,7 +116,7 @@ class Probe:
             self.flush()
             print("forms", json.dumps(self.report.forms), flush=True)
             seen: set[tuple[int, ...]] = set()
-            for job in jobs(self.options.models.split(","), [int(rows) for rows in self.options.rows.split(",")]):
+            for job in jobs(self.options.models, self.options.rows):
                 shape = products_of(*MODELS[job.model])[job.product] if job.product else (MODELS[job.model][0], 0)
                 if (*shape, job.rows) in seen:
                     continue
@@ -242,10 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--budget", type=float, default=190, help="seconds; what was not reached is listed")
+    models = "bert-base,bert-large,minilm"
     parser.add_argument(
-        "--models", default="bert-base,bert-large,minilm", help=f"of {', '.join(MODELS)}; the first leads"
+        "--models", type=names_of(MODELS), default=models, help=f"of {', '.join(MODELS)}; the first leads"
     )
-    parser.add_argument("--rows", default=",".join(map(str, LAYERS)), help="tokens of a batch; the first two lead")
+    parser.add_argument(
+        "--rows", type=counts, default=",".join(map(str, LAYERS)), help="tokens of a batch; the first two lead"
+    )
     parser.add_argument("--calls", type=int, default=16, help="calls in one CUDA graph")
     parser.add_argument("--replays", type=int, default=15, help="replays of a graph")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU: times mean nothing")
@@ -253,7 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         print("tools.gpu.cusparselt: torch sees no CUDA device here; --rehearse runs on the CPU", file=sys.stderr)
         return 1
-    make_directory(options.out.parent)
+    try:
+        make_directory(options.out.parent)
+    except NxmError as error:
+        print(f"tools.gpu.cusparselt: {error}", file=sys.stderr)
+        return 1
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -252,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run is None and not options.step:
         parser.error("give RUN, or --step")
+    if options.run is not None and not (options.run / "dense").is_dir():
+        parser.error(f"{options.run} has no dense/: give the directory of a finished run")
     try:
         extension = install()
     except CannotBuild as error:

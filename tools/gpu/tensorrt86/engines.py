@@ -28,7 +28,8 @@ from engines.tensorrt.cuda_driver import device_facts
 from nxm_export.errors import NxmError
 from nxm_export.pipeline.engine_sparsity import measure_layers
 from nxm_export.storage.atomic import make_directory, write_atomic
-from tools.gpu.evidence import DENSE, FP16, SPARSE, shape_of
+from tools.gpu.arguments import shape
+from tools.gpu.evidence import DENSE, FP16, SPARSE
 
 LEAST_SECONDS = 45.0  # an engine is not begun with less
 RAW = ("layers.json", "measured.json", "passport.json")
@@ -46,7 +47,7 @@ class Step:
     def parse(cls, text: str) -> Step:
         """``variant:twin+twin:batchxlength+batchxlength``."""
         variant, twins, shapes = text.split(":")
-        return cls(variant, tuple(twins.split("+")), tuple(shape_of(shape) for shape in shapes.split("+")))
+        return cls(variant, tuple(twins.split("+")), tuple(shape(part) for part in shapes.split("+")))
 
     @property
     def profile(self) -> Profile:

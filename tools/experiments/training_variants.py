@@ -21,18 +21,24 @@ from torch import nn
 from transformers import TrainerCallback
 
 from compressors.freed_memory import keep_freed_memory
+from compressors.models import load_model
 from compressors.process_setup import prepare_process
+from compressors.projections import nm_mask
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Losses, Settings
+from compressors.training.admm_schedule import AdmmCallback
 from compressors.training.averaged_weights import AveragedWeights
+from compressors.training.callbacks import JsonLog
 from compressors.training.phases import Job
 from compressors.training.trainer import Phase
 from nxm_export.api.functions import finetune
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.contract.tasks import TASKS
 from nxm_export.progress import Progress
+from tools.experiments.carried_duals import CarriedDuals, layer_duals
 from tools.experiments.one_shot import Dense, parser
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ class VariantJob(Job):
 
     averages: Averages | None = None
     rounds = False
+    duals: bool | None = None
 
     def _run(
         self,
@@ -74,8 +81,37 @@ class VariantJob(Job):
             super()._run(student, replace(phase, name="first", steps=first), teacher, admm, *callbacks)
             self._strengthen(student)
             phase = replace(phase, steps=phase.steps - first)
+        if self.duals is not None:
+            first = max(1, round(phase.steps / self.settings.epochs))
+            self._move_masks(
+                student, replace(phase, name="first", steps=first, scheduler="constant_with_warmup"), teacher
+            )
+            phase = replace(phase, steps=phase.steps - first)
         self.averages = Averages(student)
         super()._run(student, phase, teacher, admm, *callbacks, self.averages)
+
+    def _move_masks(self, student: nn.Module, phase: Phase, teacher: nn.Module | None) -> None:
+        """ADMM on the task's loss from the layers' solutions, with their duals or with none; fixes the masks again."""
+        layers = quant_linears(student)
+        before = {name: layer.mask for name, layer in layers.items() if layer.mask is not None}
+        dense = load_model(self.source, self.data.task).eval()
+        duals = layer_duals(dense, layers, self.calibration_batches()) if self.duals else {}
+        for layer in layers.values():
+            layer.mask = None
+        admm, schedule = Admm.of(layers, "mask", self.settings.damping), CarriedDuals(phase.steps, duals)
+        log = JsonLog(self.work_dir / TRAIN_LOG_FILE, phase.name)
+        super()._run(student, phase, teacher, admm, AdmmCallback(admm, schedule, log, lambda: None))
+        moved = 0.0
+        for name, mask in before.items():
+            layer = layers[name]
+            assert layer.spec.pattern is not None
+            kept = nm_mask(layer.weight.detach().abs(), layer.spec.pattern)
+            moved += float((kept & ~mask).sum() / mask.sum()) / len(before)
+            layer.start_from(layer.weight.detach().clone(), kept, layer.weight_scale)
+        cosine = sum(schedule.cosines.values()) / max(len(schedule.cosines), 1)
+        print(
+            f"kept weights that moved: {100 * moved:.2f} %; mean cosine of dual and gradient: {cosine:.3f}", flush=True
+        )
 
     def _strengthen(self, student: nn.Module) -> None:
         """Solve every layer again, under the stronger pattern that its weaker one stands for."""
@@ -93,6 +129,7 @@ class Variant:
     """What differs from the task's default."""
 
     rounds: bool = False
+    duals: bool | None = None  # whether those of the layers' solver pull in the first epoch, in which masks move
     learning_rate: float | None = None
     losses: Losses | None = None
     augment: float | None = None
@@ -103,6 +140,8 @@ _TAUGHT, _LAYERS = Losses(task=0.0, logits=1.0, hidden=1.0), Losses(task=0.0, lo
 VARIANTS = {
     "default": Variant(),
     "rounds": Variant(rounds=True),
+    "free masks": Variant(duals=False),
+    "carried duals": Variant(duals=True),
     "5e-5": Variant(learning_rate=5e-5),
     "2e-4": Variant(learning_rate=2e-4),
     "3e-4": Variant(learning_rate=3e-4),
@@ -183,7 +222,7 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
     if variant.rounds:
         spec = replace(spec, pattern=NMPattern.parse(WEAKER[str(spec.pattern)]))
     job = VariantJob(dense.source, dense.data, family.uniform_plan(config, spec), settings, work, progress)
-    job.rounds = variant.rounds
+    job.rounds, job.duals = variant.rounds, variant.duals
     student, _ = job.run()
     yield f"{arguments.option}, {name}: {_score(dense, student, arguments.metric)}"
     assert job.averages is not None

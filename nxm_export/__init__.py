@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from engines.predictor import Predictor
     from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
-    from nxm_export.api.engine_functions import bench, bench_text, build, compare, predict, serve, triton
+    from nxm_export.api.engine_functions import bench, bench_text, build, compare, latency, predict, serve, triton
     from nxm_export.api.functions import (
         card,
         compress,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
     from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
-    from nxm_export.contract.records.latency_table import LatencySource
+    from nxm_export.contract.records.latency_table import LatencySource, LatencyTable
     from nxm_export.contract.records.matrix_facts import ProductCounts
     from nxm_export.contract.records.run_summary import RunSummary
     from nxm_export.contract.records.search_result import SearchResult
@@ -105,7 +105,8 @@ _HOMES = {
         "nxm_export.api.functions",
     ),
     **dict.fromkeys(
-        ("build", "compare", "predict", "bench", "bench_text", "serve", "triton"), "nxm_export.api.engine_functions"
+        ("build", "compare", "predict", "bench", "bench_text", "latency", "serve", "triton"),
+        "nxm_export.api.engine_functions",
     ),
     **dict.fromkeys(("PlanOptions", "Default"), "nxm_export.api.requests"),
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
@@ -145,7 +146,7 @@ _HOMES = {
     "SearchSettings": "compressors.search.settings",
     "SearchResult": "nxm_export.contract.records.search_result",
     "RunSummary": "nxm_export.contract.records.run_summary",
-    "LatencySource": "nxm_export.contract.records.latency_table",
+    **dict.fromkeys(("LatencySource", "LatencyTable"), "nxm_export.contract.records.latency_table"),
     "BuildOptions": "engines.base",
     "Profile": "engines.base",
     "EnginePassport": "engines.passport",
@@ -172,6 +173,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "compare",
     "bench",
     "bench_text",
+    "latency",
     "predict",
     "pack",
     "unpack",
@@ -189,6 +191,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "Settings",
     "Losses",
     "SearchSettings",
+    "LatencyTable",
     "LatencySource",
     "BuildOptions",
     "Profile",

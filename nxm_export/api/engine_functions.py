@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressors.search.settings import DEFAULT_CANDIDATES
 from nxm_export.contract.choices import (
     AUTO_BACKEND,
     BACKEND,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
+    from nxm_export.contract.records.latency_table import LatencyTable
     from nxm_export.data.texts import Text
 
 
@@ -136,6 +138,27 @@ def bench_text(
 
     _require_threads(threads)
     return bench_engines(_paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns)
+
+
+def latency(
+    engines: str | Path | Sequence[str | Path],
+    shape: tuple[int, int],
+    *,
+    candidates: Collection[str] = DEFAULT_CANDIDATES,
+    rounds: int | None = None,
+    threads: int | None = None,
+) -> LatencyTable:
+    """Milliseconds of the matrices of engine directories of one model at `shape` (batch, sequence), by role and by
+    those `candidates` that the engines have times of.
+
+    ``SearchSettings(latency_ms=..., latencies=table.milliseconds, latency_source=table.source)`` searches below a
+    limit. Engines of ``ort`` are profiled now, `rounds` runs each; those of ``cusparselt`` hold their times. Raises
+    `EngineError` for engines of other backends or of several models, and for a matrix whose time cannot be told.
+    """
+    from nxm_export.pipeline.latency_table import latency_table
+
+    _require_threads(threads)
+    return latency_table(_paths(engines), shape, list(candidates), rounds, threads)
 
 
 def serve(

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import nxm_export as nxm
+from compressors.search.settings import SearchSettings
 from engines.base import BuildOptions, Profile
 from engines.cusparselt.backend import build_on
 from engines.ort.product_times import product_times
@@ -65,6 +67,14 @@ def test_options_on_a_cpu_have_the_times_of_float_and_of_integer_products(cpu_en
     assert len(set(source.engines)) == 2
     assert "onnxruntime" in source.versions
     assert source.matrices["ffn_up"] == source.matrices["ffn_down"][::-1]
+
+
+def test_a_search_takes_the_table_of_the_function(cpu_engines: list[Path]) -> None:
+    table = nxm.latency(cpu_engines, SHAPE, candidates=CANDIDATES, rounds=2, threads=1)
+    search = SearchSettings(latency_ms=1.0, latencies=table.milliseconds, latency_source=table.source)
+    assert search.latencies["ffn_up"].keys() == set(CANDIDATES)
+    with pytest.raises(EngineError, match="at least one thread"):
+        nxm.latency(cpu_engines, SHAPE, threads=0)
 
 
 def test_each_time_is_of_the_node_that_multiplies_by_the_weight(cpu_engines: list[Path]) -> None:

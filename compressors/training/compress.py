@@ -92,16 +92,18 @@ def finetune(
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it
     is.
 
-    With `further` a model whose head fits is trained on. `outputs` is a file to keep what the model says on dev in:
+    With `further` a model whose head fits is trained on. Where nothing trains, nor will (``steps=0``), `train` needs no
+    labels. `outputs` is a file to keep what the model says on dev in:
     ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors. Every argument but
     `model` is by keyword, as a command line has it: so many are no burden.
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model, revision), task_named(task), Result.at(out, work_dir, outputs)
     require_apart(result.directory, source.path, train, dev, within=False)
-    tokenizer = load_tokenizer(source)
-    data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
-    fits = source.head_fits(kind)
+    tokenizer, fits = load_tokenizer(source), source.head_fits(kind)
+    texts_alone = fits and not further and not settings.trains  # then neither this nor what follows learns from labels
+    request = TaskDataRequest(kind, train, dev, columns, train_limit, texts_alone)
+    data = read_task_data(source, request, tokenizer, settings)
     set_seed(settings.seed)
     network = load_model(source, kind, classes=None if fits else data.classes or ["score"])
     if not kind.own_loss and (further or not fits):

@@ -12,7 +12,7 @@ from nxm_export.contract.checkpoint import float32_bytes
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.quantizer_placement import droppable_outputs
-from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
+from nxm_export.data.label_kinds import classes_of, has_labels, labelled, load_labelled, read_by_model
 from nxm_export.data.more_text import read_more_text
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import notice
@@ -154,12 +154,13 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
     raises `DataError` for data that does not fit the task or the head."""
     fits = source.head_fits(task)
     head = source.classes() if fits else None
-    train, dev = (
-        load_labelled(file, split, request.columns, task, head)
-        for file, split in ((request.train, "train"), (request.dev, "dev"))
-    )
-    classes = classes_of(train, task, head)
-    labelled(train, task, classes)
+    texts_alone = fits and not request.settings.trains
+    train = load_labelled(request.train, "train", request.columns, task, head, texts_alone=texts_alone)
+    dev = load_labelled(request.dev, "dev", request.columns, task, head)
+    classes = None
+    if has_labels(train) or not texts_alone:
+        classes = classes_of(train, task, head)
+        labelled(train, task, classes)
     dev_classes = classes_of(dev, task, head) if fits else classes
     require_scorable_examples(
         task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import nxm_export as nxm
 from compressors.models import load_tokenizer, resolve
 from compressors.settings import Settings
-from compressors.training.compress import compress
+from compressors.training.compress import compress, finetune
 from compressors.training.task_data import TaskDataRequest, read_task_data
 from nxm_export.contract.no_answer import THRESHOLD_KEY
 from nxm_export.contract.plan import WeightSpec
@@ -43,6 +44,29 @@ def test_text_without_labels_gives_the_checkpoint_of_labelled_text(task: str, co
     for name in ("model.safetensors", "nxm_scales.safetensors", "config.json", "metrics.json"):
         assert (tmp_path / "blank" / name).read_bytes() == (tmp_path / "labelled" / name).read_bytes(), name
     assert THRESHOLD_KEY not in json.loads((tmp_path / "blank" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("task", "column"),
+    [("classification", "label"), ("token-classification", "tags"), ("question-answering", "answers")],
+)
+def test_a_run_that_trains_nothing_reads_and_estimates_text_alone(task: str, column: str, tmp_path: Path) -> None:
+    dense = tiny.write_model("bert", tmp_path / "dense", head=task, layers=1)
+    train, dev = tiny.write_data(tmp_path, task)
+    blank = tmp_path / "texts.tsv"
+    if train.suffix == ".jsonl":
+        blank = without(train, column)
+    else:
+        blank.write_text("".join(f"{line.partition(chr(9))[0]}\n" for line in train.read_text().splitlines()))
+    samples = []
+    for file, out in ((train, "labelled"), (blank, "blank")):
+        finetune(dense, task=task, train=str(file), dev=str(dev), out=tmp_path / out, settings=SETTINGS)
+        samples.append(nxm.estimate(dense, task=task, train=file, dev=dev, settings=SETTINGS).train_samples)
+    assert samples[0] == samples[1]
+    for name in ("model.safetensors", "config.json", "metrics.json"):
+        assert (tmp_path / "blank" / name).read_bytes() == (tmp_path / "labelled" / name).read_bytes(), name
+    with pytest.raises(DataError, match="none of the usual|no column .answer"):
+        nxm.estimate(dense, task=task, train=blank, dev=dev, settings=Settings(steps=2))
 
 
 @pytest.mark.parametrize(("answers", "name"), [(False, "train.json"), (False, "train.jsonl"), (True, "train.jsonl")])

@@ -40,7 +40,8 @@ def bench_engines(
     sequence); without any at `BENCH_SHAPES`, with the batch or length that the engines have fixed, and no longer than
     their models take.
 
-    Engines that this machine cannot run are named in the report with the reason, unless none is left.
+    Engines that this machine cannot run, or that fail where they are loaded or at a shape, are named in the report with
+    the reason, unless none is left.
     """
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
@@ -54,7 +55,7 @@ def bench_engines(
     if len({path.resolve() for path in paths}) < len(paths):
         raise EngineError("the same engine is given twice; copy its directory to time it against itself")
     passports = {path: load_passport(path) for path in paths}
-    unmeasured: dict[str, str] = {}
+    unmeasured: dict[str, EngineError] = {}
     twins: dict[str, tuple[str, Path]] = {}
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
@@ -62,13 +63,17 @@ def bench_engines(
             try:
                 runtime = backend(passports[path].backend)
                 loaded[name] = stack.enter_context(runtime.load(path, LoadOptions(threads)))
-            except EngineUnavailable as error:
-                unmeasured[name] = str(error)
+            except EngineError as error:
+                unmeasured[name] = error
             else:
                 if twin := passports[path].twin:
                     twins[twin] = (name, path)
         if not loaded:
-            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
+            real = [error for error in unmeasured.values() if not isinstance(error, EngineUnavailable)]
+            if real:
+                raise real[0]
+            reasons = dict.fromkeys(map(str, unmeasured.values()))
+            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(reasons)}")
         # Each once: a table by shape would hold the time of one round against that of the other.
         shapes = tuple(dict.fromkeys(shapes or fitted_shapes(loaded.values(), _default_shapes(paths))))
         for path, name in zip(paths, _names(paths), strict=True):

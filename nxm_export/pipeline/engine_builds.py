@@ -120,7 +120,10 @@ def build_twin_engines(
     profiles_from: DataProfiles | None = None,
     graphs: TwinGraphs | None = None,
 ) -> BuiltTwins:
-    """Export a checkpoint and build its FP16, dense INT8 and sparse INT8 engines below `out`."""
+    """Export a checkpoint and build its FP16, dense INT8 and sparse INT8 engines below `out`.
+
+    Raises `EngineError` where one of them cannot be built; the others stay then.
+    """
     from engines.base import BuildOptions, backend
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
@@ -134,7 +137,11 @@ def build_twin_engines(
         )
     _require_heeded(options, [name], lengths=profiles_from is not None)
     options = _build_options(name, options, out, checkpoint, profiles_from)
-    return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
+    built = build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
+    if built.failed:
+        reasons = "; ".join(f"{twin} could not be built: {why}" for twin, why in built.failed.items())
+        raise EngineError(f"{out} has {', '.join(built.twins)}; {reasons}")
+    return built
 
 
 def _build_options(

@@ -48,10 +48,13 @@ def bench_engines(
     from engines.devices import running_on
     from engines.memory import require_room
     from engines.passport import load_passport
-    from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import is_twins, read_twins, twin_directories
 
     given = [Path(path) for path in engines]
-    paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
+    paths = [part for path in given for part in (twin_directories(path).values() if is_twins(path) else [path])]
+    unbuilt = {
+        str(path / name): why for path in given if is_twins(path) for name, why in read_twins(path).failed.items()
+    }
     if len({path.resolve() for path in paths}) < len(paths):
         raise EngineError("the same engine is given twice; copy its directory to time it against itself")
     passports = {path: load_passport(path) for path in paths}
@@ -80,7 +83,10 @@ def bench_engines(
             if name in loaded:
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
-    absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
+    absent = (
+        *(f"{name} was not built: {why}" for name, why in unbuilt.items()),
+        *(f"{name}: {why}" for name, why in unmeasured.items()),
+    )
     measured = [passports[path] for path, name in zip(paths, _names(paths), strict=True) if name not in unmeasured]
     verdict = _verdict(report, twins, passports)
     return replace(report, verdict=verdict, unmeasured=(*absent, *report.unmeasured), machine=running_on(measured[0]))

@@ -239,7 +239,7 @@ class ParallelEngine(Protocol):
 
 @runtime_checkable
 class ShapedEngine(Protocol):
-    """A loaded engine that may run inputs in a larger shape, which it has compiled ahead, and cut its outputs."""
+    """A loaded engine that may run inputs in a larger shape, which it has compiled or captured, and cut its outputs."""
 
     def compiled_shape(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
         """The compiled shape (batch, sequence) that runs `feeds`; None: they run as they are."""

@@ -1,11 +1,11 @@
 """Which backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner is chosen.
 
 The candidates are the installed ones of `cpu_backends()`, in that order, and ``cusparselt`` where there is a GPU for
-it. With that one, all are timed by the wall clock between call and result, copies to the GPU and back included. The
-first is the reference; another wins only when it is faster beyond noise: when the geometric mean over the shapes of its
-speed-ups lies above 1, and that of the lower ends of their 95 % intervals, too. A shape that is given twice counts
-twice, so that a mix of shapes can be said. A backend that can keep models compiled for shapes does so for
-those that were asked for.
+it. With an engine on a GPU, all are timed by the wall clock between call and result, copies to the GPU and back and the
+launches of kernels included. The first is the reference; another wins only when it is faster beyond noise: when the
+geometric mean over the shapes of its speed-ups lies above 1, and that of the lower ends of their 95 % intervals, too. A
+shape that is given twice counts twice, so that a mix of shapes can be said. A backend that can keep models compiled for
+shapes does so for those that were asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import Binding, BuildOptions, Closing, Engine, LoadOptions, backend, cpu_backends, spec_of
+from engines.base import (
+    Binding,
+    BuildOptions,
+    Closing,
+    Engine,
+    LoadOptions,
+    QueuedEngine,
+    backend,
+    cpu_backends,
+    spec_of,
+)
 from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for, fitted_shapes
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.storage.json_files import to_json_object
@@ -116,9 +126,9 @@ def choose(
     """Time engine directories by `measure` (`engines.benchmark.latency`, unless another is given) and say which to
     keep.
 
-    Without `shapes` they are `SHAPES`, as far as the model takes them. An engine that cannot run at one of them, or
-    whose outputs are not finite there, is left out. Raises `EngineError` for shapes that the model does not take, and
-    when no engine is left.
+    Without `shapes` they are `SHAPES`, as far as the model takes them. An engine that cannot be loaded or run at one of
+    them, or whose outputs are not finite there, is left out. Raises `EngineError` for shapes that the model does not
+    take, and when no engine is left.
     """
     spec = spec_of(next(iter(engines.values())))
     vocabulary = min(VOCABULARY, spec.limits.get("input_ids", VOCABULARY)) if spec else None
@@ -126,7 +136,10 @@ def choose(
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
         for name, directory in engines.items():
-            loaded[name] = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
+            try:
+                loaded[name] = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
+            except EngineError as error:
+                refused[name] = str(error)
         default = [(batch, min(sequence, spec.max_length) if spec else sequence) for batch, sequence in SHAPES]
         requested = tuple(shapes) if shapes else fitted_shapes(loaded.values(), default)
         for name, engine in list(loaded.items()):
@@ -141,7 +154,7 @@ def choose(
                 f"no backend can be timed with made-up inputs ({reasons}); build with one of them, such as --backend "
                 "ort, or run `nxm compare --bisect`"
             )
-        if len({engine.clock for engine in loaded.values()}) > 1:
+        if any(isinstance(engine, QueuedEngine) for engine in loaded.values()):
             loaded = {name: _ByWallClock(engine) for name, engine in loaded.items()}
         if measure is None:
             report = bench(loaded, tuple(dict.fromkeys(requested)), rounds=ROUNDS, vocabulary=vocabulary)

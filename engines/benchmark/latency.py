@@ -86,6 +86,11 @@ class BenchReport:
     machine: str | None = None
 
     @property
+    def reference(self) -> str:
+        """The name of the engine that the others are compared with; where none is, of the first that was timed."""
+        return next((ratio.reference for ratio in self.ratios), self.timings[0].name)
+
+    @property
     def too_few_rounds(self) -> str | None:
         """Why nothing is called faster or slower, where engines were compared in fewer than `LEAST_ROUNDS`."""
         rounds = min((timing.rounds for timing in self.timings), default=LEAST_ROUNDS)
@@ -115,8 +120,9 @@ def bench(
     `engines.sample_inputs` makes up.
 
     The first engine is the reference of the ratios. There is none of an engine whose runs are launched as a CUDA graph
-    to one whose kernels are launched one by one. Raises `EngineError` for no engines, shapes or rounds, and for
-    shapes that an engine does not take.
+    to one whose kernels are launched one by one. An engine that fails at a shape, such as for too little memory, is
+    `BenchReport.unmeasured` there. Raises `EngineError` for no engines, shapes or rounds, for shapes that an engine
+    does not take, and where no engine runs at any shape.
     """
     if not engines or not shapes or rounds < 1:
         raise EngineError("a bench needs at least one engine, one shape and one round")
@@ -126,27 +132,47 @@ def bench(
     timings: list[Timing] = []
     ratios: list[Speedup] = []
     unmeasured: list[str] = []
+    failures: list[EngineError] = []
     for batch, sequence in shapes:
         feeds = {name: feeds_for(engine, batch, sequence, vocabulary, seed) for name, engine in engines.items()}
-        timers = {name: engine.timer(feeds[name]) for name, engine in engines.items()}
-        graphs = {name: _launches_graph(engine, feeds[name]) for name, engine in engines.items()}
+        timers, failed = _timers(engines, feeds)
+        failures += failed.values()
+        unmeasured += [f"{name} at {batch}x{sequence}: {error}" for name, error in failed.items()]
+        running = {name: engines[name] for name in timers}
+        graphs = {name: _launches_graph(engine, feeds[name]) for name, engine in running.items()}
         on_cpu = engines[names[0]].clock == Closing.clock
         taken = interleaved(timers, rounds, settle=on_cpu, warm_up_s=0.0 if on_cpu else GPU_WARM_UP_S)
         medians = {name: float(np.median(times)) for name, times in taken.items()}
-        queued = _queued(engines, feeds, medians)
-        for name in names:
+        queued = _queued(running, feeds, medians)
+        for name in running:
             low, high, p95, p99 = map(float, np.percentile(taken[name], [25, 75, 95, 99]))
             tail, clock = (p95, p99), engines[name].clock
             timing = Timing(name, batch, sequence, medians[name], (low, high), rounds, clock, *tail, queued.get(name))
             timings.append(replace(timing, launches_graph=graphs[name]))
-            if name == names[0]:
+            if name == names[0] or names[0] in failed:
                 continue
             if graphs[name] != graphs[names[0]]:
                 unmeasured.append(f"{name} against {names[0]} at {batch}x{sequence}: {_UNLIKE}")
                 continue
             speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
             ratios.append(Speedup(name, names[0], batch, sequence, speedup, bounds))
+    if not timings:
+        raise failures[0]
     return BenchReport(tuple(timings), tuple(ratios), unmeasured=tuple(unmeasured))
+
+
+def _timers(
+    engines: Mapping[str, Engine], feeds: Mapping[str, Mapping[str, np.ndarray]]
+) -> tuple[dict[str, Callable[[], float]], dict[str, EngineError]]:
+    """(timers, errors of the engines that have none): to make one, an engine on a GPU runs its feeds."""
+    timers: dict[str, Callable[[], float]] = {}
+    failed: dict[str, EngineError] = {}
+    for name, engine in engines.items():
+        try:
+            timers[name] = engine.timer(feeds[name])
+        except EngineError as error:
+            failed[name] = error
+    return timers, failed
 
 
 def _launches_graph(engine: Engine, feeds: Mapping[str, np.ndarray]) -> bool | None:
@@ -176,7 +202,8 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
     """
     ratios = [ratio for ratio in report.ratios if ratio.name == sparse and ratio.reference == dense]
     if not ratios:
-        why = next((f": {text}" for text in report.unmeasured if text.startswith(f"{sparse} against {dense} ")), "")
+        of_twins = tuple(f"{name} {what} " for name in (sparse, dense) for what in (f"against {dense}", "at"))
+        why = next((f": {text}" for text in report.unmeasured if text.startswith(of_twins)), "")
         return f"no verdict: the INT8 twins were not timed against each other{why}"
     if not sparse_share:
         known = "no sparse kernel is proven to run" if sparse_share == 0 else "nothing was planned sparse"

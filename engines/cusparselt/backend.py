@@ -27,8 +27,10 @@ from engines.base import (
     require_within,
     spec_of,
 )
+from engines.compiled_shapes import Shape, cut, padded, padding_values
 from engines.cusparselt.choosing import choices_for, rows_of
 from engines.cusparselt.executor import KNOWN, Executor, compiler
+from engines.cusparselt.graph_shapes import graph_shape
 from engines.cusparselt.machine import Machine, this_machine
 from engines.cusparselt.profiling import ProfiledRun, profiled, read_profile, save_profile
 from engines.cusparselt.program import (
@@ -182,7 +184,8 @@ def profile_on(machine: Machine, directory: Path) -> None:
 
 
 class CusparseltEngine(Closing):
-    """A program on the GPU. See `engines.base.Engine`. It takes any shape that the model takes."""
+    """A program on the GPU. See `engines.base.Engine`. It takes any shape that the model takes, and runs it padded to
+    one of a few (`engines.cusparselt.graph_shapes`), of which each has a CUDA graph."""
 
     clock = "CUDA events"
 
@@ -191,9 +194,11 @@ class CusparseltEngine(Closing):
         program, tensors = program_of(data, str(file)), tensors_of(data, str(file))
         require_consistent(program, tensors, KNOWN, str(file))
         self.directory, self._spec, self._kernels = directory, spec_of(directory), machine.kernels
-        self._executor: Executor | None = Executor(program, tensors, machine.kernels, fuse=fuse)
+        with _failures_of_torch(directory):
+            self._executor: Executor | None = Executor(program, tensors, machine.kernels, fuse=fuse)
         self._one_at_a_time = threading.Lock()
         self._bindings = program.inputs
+        self._pads = padding_values(program.inputs, self._spec, program.outputs)
         self.inputs = tuple(binding.name for binding in program.inputs)
         self.outputs = program.outputs
 
@@ -207,8 +212,24 @@ class CusparseltEngine(Closing):
         executor = self._open()
         self._require(feeds)
         with self._working():
-            outputs = executor.run(self._on_device(feeds))
-            return {name: tensor.cpu().numpy().copy() for name, tensor in outputs.items()}
+            outputs = executor.run(self._on_device(self._padded(feeds)))
+            arrays = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+        if self._pads is None or self._spec is None:
+            return {name: array.copy() for name, array in arrays.items()}
+        size = next(iter(feeds.values())).shape
+        return {name: cut(array, self._spec.outputs[name], *size) for name, array in arrays.items()}
+
+    def compiled_shape(self, feeds: Mapping[str, np.ndarray]) -> Shape | None:
+        """See `engines.base.ShapedEngine`; None: of inputs that cannot be padded."""
+        if self._pads is None or self._spec is None:
+            return None
+        rows, length = next(iter(feeds.values())).shape
+        return graph_shape(rows, length, self._spec.max_length)
+
+    def _padded(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """`feeds` in the shape that runs them."""
+        shape = self.compiled_shape(feeds)
+        return feeds if shape is None or self._pads is None else padded(feeds, shape, self._pads)
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs `feeds`, already on the GPU, and returns the milliseconds between two CUDA events."""
@@ -219,7 +240,7 @@ class CusparseltEngine(Closing):
         executor = self._open()
         self._require(feeds)
         with self._working():
-            replay = executor.replayer(self._on_device(feeds))
+            replay = executor.replayer(self._on_device(self._padded(feeds)))
 
         def queued() -> None:
             for _ in range(runs):
@@ -233,11 +254,13 @@ class CusparseltEngine(Closing):
 
     def launches_graph(self, feeds: Mapping[str, np.ndarray]) -> bool:
         """See `engines.base.QueuedEngine`."""
-        return self._open().is_captured(feeds)
+        return self._open().is_captured(self._padded(feeds))
 
     def profiled(self, shape: tuple[int, int], sha256: str) -> ProfiledRun:
-        """The kernels of a run at a shape (batch, sequence), of made-up inputs."""
+        """The kernels of a run at a shape (batch, sequence), or at the one that runs it, of made-up inputs."""
         executor = self._open()
+        if self._pads is not None and self._spec is not None:
+            shape = graph_shape(*shape, self._spec.max_length)
         vocabulary = min(_VOCABULARY, self._spec.limits.get("input_ids", _VOCABULARY)) if self._spec else None
         feeds = sample_feeds(self._bindings, *shape, vocabulary)
         with self._working():
@@ -252,11 +275,8 @@ class CusparseltEngine(Closing):
         """One run at a time; a failure in torch, such as too little memory, is an `EngineError`."""
         import torch
 
-        with self._one_at_a_time, torch.no_grad():
-            try:
-                yield
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                raise EngineError(f"{self.directory}: torch failed: {str(error).strip()[:300]}") from error
+        with self._one_at_a_time, torch.no_grad(), _failures_of_torch(self.directory):
+            yield
 
     def _open(self) -> Executor:
         if self._executor is None:
@@ -278,6 +298,15 @@ class CusparseltEngine(Closing):
         }
 
 
+@contextmanager
+def _failures_of_torch(directory: Path) -> Iterator[None]:
+    """What torch raises becomes an `EngineError` of the engine in `directory`."""
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise EngineError(f"{directory}: torch failed: {str(error).strip()[:300]}") from error
+
+
 def _require_options(options: BuildOptions) -> None:
     """Raise `EngineError` for options that are TensorRT's alone."""
     given = {
@@ -295,13 +324,13 @@ def _require_running(program: Program, data: bytes, machine: Machine, onnx: Path
     """Run the engine once at its smallest: what it would refuse on every start, it refuses here."""
     import torch
 
-    executor = Executor(program, tensors_of(data, str(onnx)), machine.kernels)
     shape = nearest_shape(program.inputs, 1, 1)
-    feeds = {
-        name: torch.from_numpy(array).to(machine.kernels.device)
-        for name, array in sample_feeds(program.inputs, *shape, None).items()
-    }
     try:
+        executor = Executor(program, tensors_of(data, str(onnx)), machine.kernels)
+        feeds = {
+            name: torch.from_numpy(array).to(machine.kernels.device)
+            for name, array in sample_feeds(program.inputs, *shape, None).items()
+        }
         with torch.no_grad():
             executor.run(feeds)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:

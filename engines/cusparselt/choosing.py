@@ -7,7 +7,8 @@ The nearest larger number of rows that was measured decides at run time. Product
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,20 +64,25 @@ def choices_for(
     after = epilogue_functions(compile_)
     for done, product in enumerate(sizes.values()):
         progress(f"products of {product.n} x {product.k}", done, len(sizes))
-        trial = Trial(kernels, product, tensors, after)
-        choices += [_chosen(trial, product, count, use) for count in rows]
+        with _failures_of_torch(f"a matrix of {product.k} x {product.n}", "take a GPU with more memory free"):
+            trial = Trial(kernels, product, tensors, after)
+        for count in rows:
+            what = f"a product of {count} x {product.k} with {product.k} x {product.n}"
+            with _failures_of_torch(what, "give smaller profiles"):
+                choices.append(trial.choice(count, use))
     return tuple(choices)
 
 
-def _chosen(trial: Trial, product: Product, rows: int, use: SparseUse) -> Choice:
+@contextmanager
+def _failures_of_torch(what: str, way_out: str) -> Iterator[None]:
+    """What torch raises, such as for too little memory, becomes an `EngineError` that says of `what`."""
     try:
-        return trial.choice(rows, use)
-    except RuntimeError as error:  # such as too little memory
+        yield
+    except RuntimeError as error:
         raise_if_lost(error)
         reason = str(error).strip().splitlines()
         raise EngineError(
-            f"a product of {rows} x {product.k} with {product.k} x {product.n} failed where its forms are timed: "
-            f"{reason[0][:200] if reason else type(error).__name__}; give smaller profiles"
+            f"{what} failed where its forms are timed: {reason[0][:200] if reason else type(error).__name__}; {way_out}"
         ) from error
 
 

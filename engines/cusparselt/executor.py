@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-MOST_SHAPES = 24
+MOST_SHAPES = 96
 KNOWN = Known(
     operator=lambda op: op in (PRODUCT, "Shape") or known(op), form=lambda form: form == DENSE or form in FORMS
 )

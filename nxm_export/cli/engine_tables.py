@@ -206,7 +206,7 @@ def print_latency(report: BenchReport) -> None:
             if (timing.batch, timing.sequence) != (batch, sequence):
                 continue
             ratio = ratios.get((timing.name, batch, sequence))
-            speed = "reference" if timing.name == report.timings[0].name else "not compared"
+            speed = "reference" if timing.name == report.reference else "not compared"
             if ratio is not None:
                 speed = speed_text(medians[ratio.reference, batch, sequence] / timing.median, ratio.interval)
             tail = (timing.p95, timing.p99)

@@ -166,7 +166,7 @@ def _verdict(summary: RunSummary) -> list[str]:
     if differing:
         engines = f"FAILED: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''} from the checkpoint."
     elif summary.failed:
-        engines = f"FAILED: {', '.join(summary.failed)} could not be built."
+        engines = f"FAILED: {', '.join(summary.failed)} could not be built or run."
     elif not summary.parity:
         engines = "Nothing proven: no engine was compared with its checkpoint."
     elif len(summary.parity) == 1:
@@ -318,11 +318,13 @@ def _print_engine_parity(summary: RunSummary) -> None:
 
 def _print_latency(summary: RunSummary) -> None:
     speedups = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in summary.speedup}
+    references = {ratio.reference for ratio in summary.speedup}
     rows = []
     for name, timing in summary.latency_ms.items():
         engine, _, shape = name.rpartition(" ")
         ratio = speedups.get((engine, timing.batch, timing.seq))
-        note = speed_text(ratio.speedup, ratio.interval) if ratio else "reference"
+        note = "reference" if engine in references else "not compared"
+        note = speed_text(ratio.speedup, ratio.interval) if ratio else note
         rows.append((engine, shape, f"{timing.median:.2f}", note))
     columns = ("engine", "batch x seq", "median ms", "paired rounds against the first (95 %)")
     print_table("latency, engines interleaved", columns, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -120,7 +120,10 @@ def build_twin_engines(
     profiles_from: DataProfiles | None = None,
     graphs: TwinGraphs | None = None,
 ) -> BuiltTwins:
-    """Export a checkpoint and build its FP16, dense INT8 and sparse INT8 engines below `out`."""
+    """Export a checkpoint and build its FP16, dense INT8 and sparse INT8 engines below `out`.
+
+    Raises `EngineError` where one of them cannot be built; the others stay then.
+    """
     from engines.base import BuildOptions, backend
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
@@ -134,7 +137,11 @@ def build_twin_engines(
         )
     _require_heeded(options, [name], lengths=profiles_from is not None)
     options = _build_options(name, options, out, checkpoint, profiles_from)
-    return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
+    built = build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
+    if built.failed:
+        reasons = "; ".join(f"{twin} could not be built: {why}" for twin, why in built.failed.items())
+        raise EngineError(f"{out} has {', '.join(built.twins)}; {reasons}")
+    return built
 
 
 def _build_options(
@@ -179,13 +186,9 @@ def build_fastest(
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:
-            comparison = compare_engines(check.checkpoint, list(engines.values()), check.data, check.columns)
-            passed = {Path(report.engine).name for report in comparison.reports if report.passed}
-            skipped = {Path(engine.engine).name: engine.reason for engine in comparison.skipped}
-            for name in [name for name in engines if name not in passed]:
-                engines.pop(name)
-                why = "it does not compute what the checkpoint computes"
-                left_out[name] = f"it could not be compared: {skipped[name]}" if name in skipped else why
+            differing = _differing(check, engines)
+            left_out |= differing
+            engines = {name: directory for name, directory in engines.items() if name not in differing}
             if not engines:
                 raise EngineError(
                     f"{source}: no engine passes the comparison with {check.checkpoint}; run `nxm compare`"
@@ -197,6 +200,26 @@ def build_fastest(
         passport = replace(passport, options={**passport.options, "auto": facts})
         passport.save(scratch)
     return FastestBuild(passport, choice)
+
+
+def _differing(check: ParityCheck, engines: Mapping[str, Path]) -> dict[str, str]:
+    """Why engine directories, by backend, do not pass the comparison; one that fails when it runs takes none along."""
+    try:
+        comparison = compare_engines(check.checkpoint, list(engines.values()), check.data, check.columns)
+    except EngineError as error:
+        if len(engines) == 1:
+            return dict.fromkeys(engines, f"it could not be compared: {error}")
+        alone = [_differing(check, {name: directory}) for name, directory in engines.items()]
+        return {name: why for each in alone for name, why in each.items()}
+    skipped = {Path(engine.engine).name: engine.reason for engine in comparison.skipped}
+    passed = {Path(report.engine).name for report in comparison.reports if report.passed}
+    return {
+        name: f"it could not be compared: {skipped[name]}"
+        if name in skipped
+        else "it does not compute what the checkpoint computes"
+        for name in engines
+        if name not in passed
+    }
 
 
 def _profiles(directory: Path, source: DataProfiles, batch_tokens: int) -> list[Profile]:

@@ -18,10 +18,10 @@ def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernel
     """Raise `ParityError` unless `share` of the planned-sparse weights provably run sparse in the engine at `path`."""
     from engines.base import backend
     from engines.passport import load_passport
-    from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import SPARSE, is_twins, twin_directory
 
     if is_twins(path):
-        path = twin_directories(path)[1]
+        path = twin_directory(path, SPARSE)
     if not path.is_dir() or not backend(load_passport(path).backend).CAPABILITIES.sparse_kernels:
         raise EngineError(
             f"{path}: only engines for GPUs run sparse kernels; give an engine directory of --backend trt or cusparselt"

@@ -101,12 +101,13 @@ def compare_built(
     features: Sequence[Features],
     progress: Progress,
 ) -> BuildResults:
-    """Compare every engine with its checkpoint; what cannot run here is `missing` in what is returned."""
+    """Compare every engine with its checkpoint; what cannot run here is `missing` in what is returned, and what fails
+    where it runs is `failed`."""
     from engines.parity.compare import OUTPUTS_FILE, compare
     from engines.parity.reports import PARITY_FILE
 
     samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
-    missing = dict(built.missing)
+    missing, failed = dict(built.missing), dict(built.failed)
     compared = [engine for engine in engines if engine.name in built.graphs]
     for number, entry in enumerate(compared):
         progress("compare", number, len(compared))
@@ -129,9 +130,14 @@ def compare_built(
             )
         except EngineUnavailable as error:
             missing[name] = f"built, not run: {error}"
+        except EngineError as error:
+            if entry.backend == "ort":  # without which there is nothing to show
+                raise
+            directory.drop(f"compare {name}", f"compare/{name}")  # of an earlier run, in which it did not fail
+            failed[name] = f"built, and failed when it ran: {error}"
     progress("compare", len(compared), len(compared))
-    names = tuple(entry.name for entry in compared if entry.name not in missing)
-    return replace(built, missing=missing, compared=names)
+    names = tuple(entry.name for entry in compared if not {entry.name} & {*missing, *failed})
+    return replace(built, missing=missing, failed=failed, compared=names)
 
 
 def bench_built(directory: RunDir, engines: Sequence[RunEngine], progress: Progress) -> None:
@@ -173,7 +179,10 @@ def in_own_process(module: str, *arguments: str) -> str:
 
     child = subprocess.run(module_command(module, *arguments), capture_output=True, text=True, check=False)
     if child.returncode:
-        raise EngineError(f"timing the engines failed: {child.stderr.strip()}")
+        raise EngineError(
+            f"timing the engines failed: {child.stderr.strip()}; where one of them is at fault, run again with the "
+            "others as --backend: what was done is kept"
+        )
     return child.stdout
 
 

@@ -40,21 +40,25 @@ def bench_engines(
     sequence); without any at `BENCH_SHAPES`, with the batch or length that the engines have fixed, and no longer than
     their models take.
 
-    Engines that this machine cannot run are named in the report with the reason, unless none is left.
+    Engines that this machine cannot run, or that fail where they are loaded or at a shape, are named in the report with
+    the reason, unless none is left.
     """
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
     from engines.devices import running_on
     from engines.memory import require_room
     from engines.passport import load_passport
-    from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import is_twins, read_twins, twin_directories
 
     given = [Path(path) for path in engines]
-    paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
+    paths = [part for path in given for part in (twin_directories(path).values() if is_twins(path) else [path])]
+    unbuilt = {
+        str(path / name): why for path in given if is_twins(path) for name, why in read_twins(path).failed.items()
+    }
     if len({path.resolve() for path in paths}) < len(paths):
         raise EngineError("the same engine is given twice; copy its directory to time it against itself")
     passports = {path: load_passport(path) for path in paths}
-    unmeasured: dict[str, str] = {}
+    unmeasured: dict[str, EngineError] = {}
     twins: dict[str, tuple[str, Path]] = {}
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
@@ -62,20 +66,27 @@ def bench_engines(
             try:
                 runtime = backend(passports[path].backend)
                 loaded[name] = stack.enter_context(runtime.load(path, LoadOptions(threads)))
-            except EngineUnavailable as error:
-                unmeasured[name] = str(error)
+            except EngineError as error:
+                unmeasured[name] = error
             else:
                 if twin := passports[path].twin:
                     twins[twin] = (name, path)
         if not loaded:
-            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
+            real = [error for error in unmeasured.values() if not isinstance(error, EngineUnavailable)]
+            if real:
+                raise real[0]
+            reasons = dict.fromkeys(map(str, unmeasured.values()))
+            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(reasons)}")
         # Each once: a table by shape would hold the time of one round against that of the other.
         shapes = tuple(dict.fromkeys(shapes or fitted_shapes(loaded.values(), _default_shapes(paths))))
         for path, name in zip(paths, _names(paths), strict=True):
             if name in loaded:
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
-    absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
+    absent = (
+        *(f"{name} was not built: {why}" for name, why in unbuilt.items()),
+        *(f"{name}: {why}" for name, why in unmeasured.items()),
+    )
     measured = [passports[path] for path, name in zip(paths, _names(paths), strict=True) if name not in unmeasured]
     verdict = _verdict(report, twins, passports)
     return replace(report, verdict=verdict, unmeasured=(*absent, *report.unmeasured), machine=running_on(measured[0]))

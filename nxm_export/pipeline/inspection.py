@@ -98,7 +98,7 @@ def inspect_path(
     them is given for something that is no TensorRT engine.
     """
     from engines.passport import PASSPORT_FILE
-    from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE, is_twins, twin_directories, twin_directory
     from nxm_export.storage.run_dir import MANIFEST
 
     path = Path(path)
@@ -107,13 +107,15 @@ def inspect_path(
         directories = sorted(file.parent for file in (path / "engines").glob(f"*/{PASSPORT_FILE}"))
         return RunInspection(str(path), {directory.name: inspect_engine(directory) for directory in directories})
     if is_twins(path):
-        dense, sparse, other = twin_directories(path)
+        sparse, others = twin_directory(path, SPARSE), twin_directories(path)
+        del others[SPARSE]
         if twin is not None:
             raise EngineError(f"{path}: its sparse engine is held against the dense one beside it; leave --twin out")
         if measure:
-            measure_layers(dense)
-            measure_layers(other)
-        compared = None if profiles_kernels(sparse) else dense  # such an engine has both times in itself
+            for other in others.values():
+                measure_layers(other)
+        # An engine that profiles its kernels has both times in itself.
+        compared = None if profiles_kernels(sparse) else others.get(DENSE)
         return inspect_engine(sparse, twin=compared, kernels=kernels, measure=measure)
     if _is_model(path):
         _require_no_sparsity_options(path, twin, kernels, measure=measure)

@@ -56,8 +56,8 @@ def run(
 ) -> RunSummary:
     """Run all stages into the run directory `out` and return the summary (also in ``summary/summary.json``).
 
-    What failed on the way (an engine that differs from its checkpoint, one that cannot be built) is in the summary;
-    its `require_passed` raises for it.
+    What failed on the way (an engine that differs from its checkpoint, cannot be built, or fails when it runs) is in
+    the summary; its `require_passed` raises for it.
     """
     absent = [name for name in _NEEDED if find_spec(name) is None]
     if absent:  # said before hours of training, not after
@@ -84,7 +84,7 @@ def run(
         built = build_engines(directory, engines, progress)
         features = features_of(directory.path("onnx", "cpu"), request.dev, request.columns)
         built = compare_built(directory, engines, built, features, progress)
-        running = [engine for engine in engines if engine.name in built.graphs and engine.name not in built.missing]
+        running = [engine for engine in engines if engine.name in built.compared]
         bench_built(directory, running, progress)
         chosen = choose_engine(directory, engines, built, backends)
         summary = summarize(directory, plan, graphs, built, chosen)

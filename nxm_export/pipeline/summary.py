@@ -50,8 +50,8 @@ def kind_of(plan: CompressionPlan) -> str:
 @dataclass(frozen=True)
 class BuildResults:
     """What became of the engines of a run: `graphs` holds the graph of each that was built, `missing` why others cannot
-    be built or run here, `failed` why others could not be built, `compared` which were compared with their
-    checkpoint."""
+    be built or run here, `failed` why others could not be built or failed when they ran, `compared` which were compared
+    with their checkpoint."""
 
     graphs: Mapping[str, str]
     missing: Mapping[str, str]

@@ -192,7 +192,7 @@ def _latency(run: Run) -> PageTable:
             shape = f"{timing.batch}x{timing.sequence}"
             median = run.figure("latency_ms", f"{timing.name} {shape}", "median")
             ratio = speed.get((timing.name, timing.batch, timing.sequence))
-            first = timing.name == bench.content.timings[0].name
+            first = timing.name == bench.content.reference
             low, high = (bench.figure("timings", number, "quartiles", side) for side in (0, 1))
             rows.append(
                 (

@@ -453,7 +453,7 @@ def _missing(run: Run, search: str | Path | None) -> Iterator[Gap]:
     if run.summary is not None:
         yield from (Gap(f"engine {name}", why) for name, why in run.summary.content.missing.items())
         failed = run.summary.content.failed.items()
-        yield from (Gap(f"engine {name}", f"could not be built: {why}") for name, why in failed)
+        yield from (Gap(f"engine {name}", f"failed: {why}") for name, why in failed)
     if search is None and run.search is None:
         yield Gap(
             "the trade-off of other plans, and the measured sensitivity of every matrix",

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 from unittest import mock
@@ -101,8 +102,8 @@ class Asked:
 class Result:
     """What a subject came to; written after every measurement. `hugging_face` are milliseconds by shape: of the model
     as it is (``fp16``), and compiled. `profiles` are of the sparse engine, by shape. `captured` says which engines ran
-    as a CUDA graph. `parity` is on random tokens, `compared` on labelled data. `complete` says that nothing of what was
-    `asked` is left to do."""
+    as a CUDA graph. `parity` is on random tokens, `compared` on labelled data. `unbuilt` says why a
+    twin could not be built, `complete` that nothing of what was `asked` is left to do."""
 
     subject: Subject
     machine: Mapping[str, str]
@@ -112,6 +113,7 @@ class Result:
     choices: tuple[Choice, ...] = ()
     profiles: Mapping[str, ProfiledRun] = field(default_factory=dict)
     captured: Mapping[str, bool] = field(default_factory=dict)
+    unbuilt: Mapping[str, str] = field(default_factory=dict)
     bench: tuple[BenchReport, ...] = ()
     parity: Mapping[str, Parity] | None = None
     compared: Comparison | None = None
@@ -191,22 +193,24 @@ class Measuring:
         positions = int(cast(int, read_config(checkpoint)["max_position_embeddings"]))
         taken = fitting(self.plan.shapes, positions)
         self._timed("twins", lambda: self._build(checkpoint, taken))
-        self._timed("profile", self._inspect)
+        self._tried("profile", self._inspect)
+        vocabulary = int(cast(int, read_config(checkpoint)["vocab_size"]))
         with ExitStack() as stack:
-            engines = {name: stack.enter_context(backend.load(self.work / name)) for name in TWINS}
-            vocabulary = int(cast(int, read_config(checkpoint)["vocab_size"]))
+            engines: dict[str, Engine] = {}
+            for name in self._twins:
+                try:
+                    engines[name] = stack.enter_context(backend.load(self.work / name))
+                except Exception as error:  # the other twins are timed
+                    self._failed(error)
             for shape in taken:
-                if self.plan.is_over:
-                    self._add(skipped=(*self.result.skipped, "x".join(map(str, shape))))
-                    continue
-                self._bench(engines, shape, vocabulary)
+                self._tried("x".join(map(str, shape)), partial(self._bench, engines, shape, vocabulary))
         theirs = self.subject.placement in (None, PLACEMENTS[0])  # it has no quantizers: once is enough
         longest, few = max(sequence for _, sequence in taken), taken[: self.plan.compiled]
         if theirs:
             self._tried("hugging face", lambda: self._hugging_face("fp16", checkpoint, taken, vocabulary))
         self._tried("parity", lambda: self._add(parity=parity(checkpoint, self.work, longest, vocabulary)))
         if (data := self.data) is not None:
-            engines_at = [self.work / name for name in TWINS]
+            engines_at = [self.work / name for name in self._twins]
             self._tried("data", lambda: self._add(compared=compare_engines(checkpoint, engines_at, data)))
         if theirs and few:
             self._tried("compiled", lambda: self._hugging_face("compiled", checkpoint, few, vocabulary))
@@ -232,15 +236,26 @@ class Measuring:
         settings = BuildOptions(profiles=profiles_of(shapes))
         if self.work.is_dir():
             shutil.rmtree(self.work)
-        build_twins(checkpoint, self.work, backend.NAME, settings, TwinGraphs(placement=self.subject.placement))
+        graphs = TwinGraphs(placement=self.subject.placement)
+        built = build_twins(checkpoint, self.work, backend.NAME, settings, graphs)
+        for name, why in built.failed.items():
+            self._add(unbuilt=built.failed, error=f"{name} could not be built: {why}"[:600])
+
+    @property
+    def _twins(self) -> list[str]:
+        """The names of the twins that were built."""
+        return [name for name in TWINS if name not in self.result.unbuilt]
 
     def _inspect(self) -> None:
         sparse = self.work / SPARSE
         captured = {}
-        for name in TWINS:
+        for name in self._twins:
             measure_layers(self.work / name)
             profiled = read_profile(self.work / name, load_passport(self.work / name).engine_sha256)
             captured[name] = profiled is not None and profiled.replayed is not None
+        self._add(captured=captured)
+        if SPARSE not in self._twins:
+            return
         inspected = inspect_engine(sparse)
         assert isinstance(inspected.facts, backend.CusparseltFacts)
         report = inspected.facts.sparsity
@@ -249,7 +264,6 @@ class Measuring:
         self._add(
             sparsity=Sparsity(len(planned), chosen, report.sparse_share, report.counts),
             choices=inspected.facts.choices,
-            captured=captured,
         )
 
     def _bench(self, engines: Mapping[str, Engine], shape: tuple[int, int], vocabulary: int) -> None:
@@ -260,14 +274,15 @@ class Measuring:
             tuple(ratio for each in reports for ratio in each.ratios),
             unmeasured=tuple(text for each in reports for text in each.unmeasured),
         )
-        share = None if self.result.sparsity is None else self.result.sparsity.share
-        verdict = sparse_verdict(together, SPARSE, DENSE, share, self.plan.machine.facts["gpu"])
-        sparse = engines[SPARSE]
-        assert isinstance(sparse, backend.CusparseltEngine)
-        profiles = dict(self.result.profiles)
+        verdict = "no verdict: which kernels the sparse engine runs is not known"
+        if (known := self.result.sparsity) is not None:
+            verdict = sparse_verdict(together, SPARSE, DENSE, known.share, self.plan.machine.facts["gpu"])
         self._add(bench=reports, verdict=verdict)  # what is timed is kept if no profiler works
-        profiles["x".join(map(str, shape))] = sparse.profiled(shape, load_passport(self.work / SPARSE).engine_sha256)
-        self._add(profiles=profiles)
+        profiles = dict(self.result.profiles)
+        if isinstance(sparse := engines.get(SPARSE), backend.CusparseltEngine):
+            sha256 = load_passport(self.work / SPARSE).engine_sha256
+            profiles["x".join(map(str, shape))] = sparse.profiled(shape, sha256)
+            self._add(profiles=profiles)
         medians = {timing.name: round(timing.median, 4) for timing in report.timings}
         print(f"{self.subject.name} {shape[0]}x{shape[1]}, ms: {medians}", flush=True)
 
@@ -359,6 +374,8 @@ def _table(result: Result) -> Iterator[str]:
     yield ""
     if result.error is not None:
         yield f"- error: {result.error}"
+    yield from (f"- {name} could not be built: {why}" for name, why in result.unbuilt.items())
+    yield from (f"- not measured: {text}" for report in result.bench for text in report.unmeasured)
     if result.sparsity is not None:
         sparsity = result.sparsity
         yield f"- sparse kernels: {sparsity.chosen} of {sparsity.planned} planned matrices; {sparsity.counts}"
@@ -418,11 +435,12 @@ def _row(report: BenchReport, result: Result) -> str:
     shape = f"{report.timings[0].batch}x{report.timings[0].sequence}"
     ratio = next((ratio for ratio in report.ratios if ratio.name == SPARSE), None)
     speed = "-" if ratio is None else f"{ratio.speedup:.2f} ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})"
-    shown = [f"{times[name]:.4f}" for name in (FLOAT, DENSE, SPARSE)]
+    shown = [f"{times[name]:.4f}" if name in times else "-" for name in (FLOAT, DENSE, SPARSE)]
     theirs = ", ".join(f"{way} {ms:.4f}" for way, ms in (result.hugging_face or {}).get(shape, {}).items()) or "-"
-    over = f"{times[FLOAT] / times[SPARSE]:.2f}"
+    over = f"{times[FLOAT] / times[SPARSE]:.2f}" if {FLOAT, SPARSE} <= {*times} else "-"
     by_name = {timing.name: timing.queued for timing in report.timings}
-    queued = ", ".join("-" if by_name[name] is None else f"{by_name[name]:.4f}" for name in (FLOAT, DENSE, SPARSE))
+    ms = (by_name.get(name) for name in (FLOAT, DENSE, SPARSE))
+    queued = ", ".join("-" if each is None else f"{each:.4f}" for each in ms)
     return f"| {' | '.join([shape, *shown, speed, over, queued, theirs])} |"
 
 

@@ -17,7 +17,7 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -184,10 +184,8 @@ def kept_at(plan: Plan, version: str, gpu: str, variant: Variant) -> Path:
 
 def measure(variant: Variant, plan: Plan) -> Result:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
-    from nxm_export.pipeline.engine_sparsity import measure_layers
     from nxm_export.pipeline.engine_timing import bench_engines
-    from nxm_export.pipeline.inspection import inspect_engine
-    from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     work = plan.work / "build" / plan.name / variant.name
     result = Result(variant, [])
@@ -198,24 +196,41 @@ def measure(variant: Variant, plan: Plan) -> Result:
         exported = TwinGraphs("trt8" if plan.weakly_typed else "trt", variant.lowering, variant.placement)
         settings = BuildOptions(profiles=profiles_of(taken), level=plan.level)
         began = time.monotonic()
-        build_twins(checkpoint, work, "trt", settings, exported)
-        result = replace(result, build_seconds=round(time.monotonic() - began, 1))
-        dense, sparse, _ = twin_directories(work)
-        for engine in (dense, sparse):
-            measure_layers(engine)
-        log = (sparse / "build.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        result = replace(
-            result,
-            sparsity=_sparsity(inspect_engine(sparse, twin=dense).sparsity),
-            log=tuple(line for line in log if "(Sparsity)" in line),
-            parity=parity(checkpoint, work, max(sequence for _, sequence in taken)),
-            bench=bench_engines([work], taken, plan.rounds, None),
+        built = build_twins(checkpoint, work, "trt", settings, exported)
+        unbuilt = [f"{name} could not be built: {why}" for name, why in built.failed.items()]
+        seconds = round(time.monotonic() - began, 1)
+        result = replace(result, build_seconds=seconds, error="; ".join(unbuilt) or None, log=_log(work))
+        steps: tuple[Callable[[Result], Result], ...] = (
+            lambda known: replace(known, sparsity=_sparsity(_measured(work))),
+            lambda known: replace(known, parity=parity(checkpoint, work, max(sequence for _, sequence in taken))),
+            lambda known: replace(known, bench=bench_engines([work], taken, plan.rounds, None)),
         )
+        for step in steps:
+            try:
+                result = step(result)
+            except NxmError as error:  # the other steps do not depend on it
+                result = replace(result, error=result.error or str(error))
         if result.sparsity is not None and not result.sparsity.share:
             result = replace(result, forced=force(work, settings))
     except NxmError as error:
         result = replace(result, error=str(error))
     return result
+
+
+def _log(work: Path) -> tuple[str, ...]:
+    """What the builder of the sparse twin said about sparsity."""
+    file = work / SPARSE / "build.log"
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    return tuple(line for line in lines if "(Sparsity)" in line)
+
+
+def _measured(work: Path) -> SparsityReport | None:
+    """The sparsity report of the sparse twin, its layers and the dense one's timed."""
+    from nxm_export.pipeline.inspection import EngineInspection, inspect_path
+
+    inspected = inspect_path(work, measure=True)
+    assert isinstance(inspected, EngineInspection)
+    return inspected.sparsity
 
 
 def profiles_of(shapes: Sequence[tuple[int, int]]) -> list[Profile]:
@@ -281,6 +296,7 @@ def parity(checkpoint: Path, work: Path, longest: int, vocabulary: int = 30522) 
     import numpy as np
 
     from engines.parity.compare import compare
+    from nxm_export.pipeline.sparsity_twins import twin_directories
 
     rng = np.random.default_rng(0)
     features: list[Features] = []
@@ -289,7 +305,7 @@ def parity(checkpoint: Path, work: Path, longest: int, vocabulary: int = 30522) 
         ids = [int(token) for token in rng.integers(5, vocabulary, size=length)]
         features.append({"input_ids": ids, "attention_mask": [1] * length, "token_type_ids": [0] * length, "labels": 0})
     results = {}
-    for name in (SPARSE, DENSE):
+    for name in (twin for twin in (SPARSE, DENSE) if twin in twin_directories(work)):
         report = compare(checkpoint, work / name, features)
         output = report.outputs[0]
         results[name] = Parity(report.passed, output.max_abs, output.max_tolerance)
@@ -336,18 +352,19 @@ def write_page(out: Path, device: Mapping[str, str], version: str, results: Sequ
 
 
 def _kernel_cells(result: Result) -> list[str]:
-    if result.error is not None or result.sparsity is None:
-        return [result.variant.name, "-", "-", f"error: {_cell(result.error or 'not measured')}", "-", "-"]
     sparsity = result.sparsity
-    reasons = {name: count for name, count in sparsity.counts.items() if name not in ("sparse", "not-planned")}
+    counts = sparsity.counts if sparsity is not None else {}
+    why = [f"{count} {reason}" for reason, count in counts.items() if reason not in ("sparse", "not-planned")]
+    if result.error is not None or sparsity is None:
+        why.append(f"error: {_cell(result.error or 'not measured')}")
     verdicts = {twin: "pass" if entry.passed else "FAIL" for twin, entry in (result.parity or {}).items()}
     return [
         result.variant.name,
-        f"{sparsity.chosen} / {sparsity.planned}",
-        "-" if sparsity.share is None else f"{sparsity.share:.1%}",
-        ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "-",
-        ", ".join(f"{twin}: {verdict}" for twin, verdict in verdicts.items()),
-        str(result.build_seconds),
+        "-" if sparsity is None else f"{sparsity.chosen} / {sparsity.planned}",
+        "-" if sparsity is None or sparsity.share is None else f"{sparsity.share:.1%}",
+        ", ".join(why) or "-",
+        ", ".join(f"{twin}: {verdict}" for twin, verdict in verdicts.items()) or "-",
+        "-" if result.build_seconds is None else str(result.build_seconds),
     ]
 
 
@@ -357,29 +374,31 @@ def _latency_cells(result: Result) -> Iterator[list[str]]:
     times = {(t.name, t.batch, t.sequence): t.median for t in result.bench.timings}
     ratios = {(r.name, r.batch, r.sequence): r for r in result.bench.ratios}
     for batch, sequence in dict.fromkeys((t.batch, t.sequence) for t in result.bench.timings):
-        fp16, dense, sparse = (times[name, batch, sequence] for name in (FP16, DENSE, SPARSE))
+        fp16, dense, sparse = (times.get((name, batch, sequence)) for name in (FP16, DENSE, SPARSE))
         ratio = ratios.get((SPARSE, batch, sequence))  # none where one of the twins has no CUDA graph
         yield [
             result.variant.name,
             f"{batch}x{sequence}",
-            f"{fp16:.4f}",
-            f"{dense:.4f}",
-            f"{sparse:.4f}",
+            *("-" if each is None else f"{each:.4f}" for each in (fp16, dense, sparse)),
             "-" if ratio is None else f"{ratio.speedup:.2f} ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})",
-            f"{fp16 / sparse:.2f}",
+            "-" if fp16 is None or sparse is None else f"{fp16 / sparse:.2f}",
         ]
 
 
 def _best(results: Sequence[Result]) -> dict[str, float | str] | None:
-    """The speed-ups of the best variant at what is aimed at; None where that was not measured."""
-    model, batch, sequence = AIMED_AT
+    """The speed-ups of the best variant at what is aimed at; None where none shows it. One without a proven sparse
+    kernel, without right answers, or whose twins were not timed against each other shows nothing."""
+    model, *shape = AIMED_AT
     reached = []
     for result in results:
-        if result.variant.model == model and result.bench is not None:
-            times = {t.name: t.median for t in result.bench.timings if (t.batch, t.sequence) == (batch, sequence)}
-            if SPARSE in times:
-                sparse = times[SPARSE]
-                reached.append((times[DENSE] / sparse, times[FP16] / sparse, result.variant.name))
+        proven = result.sparsity is not None and bool(result.sparsity.share)
+        right = bool(result.parity) and all(entry.passed for entry in (result.parity or {}).values())
+        if result.variant.model != model or result.bench is None or not (proven and right):
+            continue
+        times = {t.name: t.median for t in result.bench.timings if [t.batch, t.sequence] == shape}
+        for ratio in result.bench.ratios:
+            if (ratio.name, ratio.reference, [ratio.batch, ratio.sequence]) == (SPARSE, DENSE, shape) and FP16 in times:
+                reached.append((ratio.speedup, times[FP16] / times[SPARSE], result.variant.name))
     if not reached:
         return None
     over_dense, over_fp16, variant = max(reached)

@@ -119,8 +119,8 @@ class RunSummary:
     interval of compressed - dense, None where one sample or a NaN allows none. `compression` is by counting, `plan` the
     number of matrices by option, `latency_ms` by ``ENGINE BATCHxSEQUENCE``, `onnx_bytes` by graph. `trt_rtx` is the
     TensorRT-RTX build. `missing` says which engines were not built or not run and why, `failed` which could not be
-    built. `other_versions` has, by stage, the versions of packages that made what it wrote, where they are not those of
-    `versions`.
+    built or failed when they ran. `other_versions` has, by stage, the versions of packages that made what it wrote,
+    where they are not those of `versions`.
     """
 
     metric: str
@@ -158,14 +158,14 @@ class RunSummary:
 
     def require_passed(self) -> None:
         """Raise `ParityError` for an engine that differs from its checkpoint, `EngineError` for one that could not be
-        built."""
+        built, or failed when it ran."""
         differing = [name for name, report in self.parity.items() if not report.passed]
         if differing:
             raise ParityError(
                 f"parity failed for {', '.join(differing)}: see {self.artifacts[f'parity {differing[0]}']}"
             )
         for name, why in self.failed.items():
-            raise EngineError(f"{name} could not be built: {why}")
+            raise EngineError(f"{name} failed: {why}")
 
 
 def read_summary_file(file: Path) -> RunSummary:

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engines.base import BuildOptions, Engine, backend, cpu_backends
-from engines.benchmark.fastest_backend import judge
+from engines.base import BuildOptions, Closing, Engine, backend, cpu_backends
+from engines.benchmark.fastest_backend import choose, judge
 from engines.benchmark.latency import BenchReport, Timing, bench
 from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
@@ -215,6 +216,73 @@ def test_an_engine_that_was_not_compared_is_no_candidate(
     ).choice
     assert choice.backend == "ort"
     assert choice.left_out == {"openvino": "it could not be compared: gone for a moment"}
+
+
+def test_an_engine_that_fails_while_it_is_compared_is_no_candidate(
+    tiny_graph: Callable[..., Path],
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(engine: OpenVinoEngine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(OpenVinoEngine, "run", failing)
+    checkpoint = tiny_checkpoint("bert")
+    choice = build_fastest(
+        tiny_graph("bert", "inputs-outputs") / "model.onnx",
+        tmp_path / "engine",
+        shapes=[(1, 4)],
+        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
+        measure=told(ort=[2.0], openvino=[1.0]),
+    ).choice
+    assert choice.backend == "ort"
+    assert choice.left_out == {"openvino": "it could not be compared: out of memory"}
+
+
+@pytest.mark.parametrize("error", [EngineError("out of memory"), EngineUnavailable("no GPU")])
+def test_an_engine_that_cannot_be_loaded_is_no_candidate(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: EngineError
+) -> None:
+    from engines.openvino import backend as openvino
+
+    monkeypatch.setattr(openvino, "load", MagicMock(side_effect=error))
+    choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4)], measure=told(ort=[1.0])).choice
+    assert (choice.backend, choice.left_out) == ("ort", {"openvino": str(error)})
+
+
+def test_of_two_engines_on_a_gpu_one_may_launch_its_kernels_one_by_one(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nxm bench` does not compare such two by their kernels; which answers sooner can be measured all the same."""
+    engines = {}
+    for name in ("ort", "openvino"):
+        engines[name] = tmp_path / name
+        engines[name].mkdir()
+        backend(name).build(graph, engines[name], BuildOptions())
+        module = backend(name)
+        monkeypatch.setattr(module, "load", lambda *given, load=module.load, n=name: OnGpu(load(*given), n == "ort"))
+    choice = choose(engines, {}, [(1, 4)])
+    assert [one.backend for one in choice.candidates] == ["ort", "openvino"]
+
+
+class OnGpu(Closing):
+    """An engine that says that it is on a GPU, with a clock that does not count the launches of its kernels."""
+
+    clock = "CUDA events"
+
+    def __init__(self, engine: Engine, graph: bool) -> None:
+        self._engine, self._graph = engine, graph
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._engine.run(feeds)
+
+    def queue_timer(self, feeds: Mapping[str, np.ndarray], runs: int) -> Callable[[], float]:
+        return lambda: float(runs)
+
+    def launches_graph(self, feeds: Mapping[str, np.ndarray]) -> bool:
+        return self._graph
 
 
 def test_a_backend_that_is_missing_is_left_out_with_what_to_install(

@@ -225,3 +225,38 @@ def test_engines_side_by_side_run_untimed_until_the_others_are_still(
 
     taken = interleaved({name: functools.partial(timer, name) for name in runs}, 2, settle=settle)
     assert list(taken.values()) == [[WARMUP + untimed + 1, WARMUP + 2 * untimed + 2]] * engines
+
+
+class Full(Queue):
+    """An engine on a GPU whose memory holds no more than so many tokens."""
+
+    def __init__(self, milliseconds: float, most: int) -> None:
+        super().__init__(milliseconds)
+        self._most = most
+
+    def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        if feeds["input_ids"].size > self._most:
+            raise EngineError("CUDA out of memory")
+        return super().timer(feeds)
+
+
+@pytest.mark.parametrize(("dense", "sparse", "who"), [(8, 99, "int8-dense"), (99, 8, "int8-sparse")])
+def test_an_engine_that_fails_at_a_shape_takes_neither_the_others_nor_other_shapes_along(
+    dense: int, sparse: int, who: str
+) -> None:
+    engines = {"int8-dense": Full(4.0, dense), "int8-sparse": Full(2.0, sparse), "fp16": Queue(8.0)}
+    report = bench(cast("dict[str, Engine]", engines), [(2, 8), (1, 8)], rounds=6)
+    timed = [(timing.name, timing.batch) for timing in report.timings]
+    assert timed == [
+        *((name, 2) for name in engines if name != who), *((name, 1) for name in engines)
+    ]  # fmt: skip
+    assert report.unmeasured == (f"{who} at 2x8: CUDA out of memory",)
+    assert report.reference == "int8-dense", "which the first timing of all may not be of"
+    assert ("fp16", "int8-dense", 2) in {(r.name, r.reference, r.batch) for r in report.ratios} or who == "int8-dense"
+    assert "at 1x8" in sparse_verdict(report, "int8-sparse", "int8-dense", 0.5, "A100")
+    nowhere = bench(cast("dict[str, Engine]", engines), [(2, 8)], rounds=6)
+    assert sparse_verdict(nowhere, "int8-sparse", "int8-dense", 0.5, "A100") == (
+        f"no verdict: the INT8 twins were not timed against each other: {who} at 2x8: CUDA out of memory"
+    )
+    with pytest.raises(EngineError, match="out of memory"):
+        bench({"alone": cast(Engine, Full(1.0, 8))}, [(2, 8)], rounds=6)

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pytest
 
-from engines.base import BuildOptions, LoadOptions, backend
+from engines.base import BuildOptions, LoadOptions, Profile, backend
 from engines.cusparselt import backend as cusparselt
 from engines.cusparselt.backend import CusparseltEngine, build_on, load_on, profile_on
 from engines.cusparselt.executor import Executor
@@ -24,6 +24,7 @@ from engines.passport import load_passport
 from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_sparsity import require_sparse
 from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.storage.hashing import file_hash
@@ -133,7 +134,34 @@ def test_it_says_whether_a_shape_is_launched_as_a_graph(directory: Path) -> None
     with load_on(machine(), directory) as engine:
         engine.timer(baked.feeds("bert", 1, 3))
         assert engine.launches_graph(baked.feeds("bert", 1, 3))
-        assert not engine.launches_graph(baked.feeds("bert", 1, 4))
+        assert engine.launches_graph(baked.feeds("bert", 1, 4)), "which both run as"
+        assert not engine.launches_graph(baked.feeds("bert", 1, 5))
+
+
+def test_runs_of_many_shapes_share_few_graphs_and_give_what_each_gives_alone(
+    engine: CusparseltEngine, tiny_engine: Callable[..., Path]
+) -> None:
+    """Batches of a server have any number of rows."""
+    ran = set()
+    with backend("ort").load(tiny_engine("ort")) as other:
+        for rows in range(1, 18):
+            feeds = baked.feeds("bert", rows, 5 + rows, padding=2)
+            ran.add(engine.compiled_shape(feeds))
+            logits = engine.run(feeds)["logits"]
+            np.testing.assert_allclose(logits, other.run(feeds)["logits"], atol=0.1)
+    assert engine._open()._plans.keys() == {tuple([shape] * len(engine.inputs)) for shape in ran}
+    assert max(shape[0] * shape[1] for shape in ran if shape) <= 20 * 24
+
+
+def test_answers_for_every_token_are_cut_to_their_tokens(tmp_path: Path) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head="token-classification", layers=1)
+    graph = export(model, tmp_path / "graph", target="trt", task="token-classification").path
+    (tmp_path / "engine").mkdir()
+    build_on(machine(), graph, tmp_path / "engine", BuildOptions(profiles=[Profile((1, 1), (2, 8), (2, 8))]))
+    with load_on(machine(), tmp_path / "engine") as engine:
+        feeds = baked.feeds("bert", 9, 5, padding=1)
+        assert engine.compiled_shape(feeds) == (10, 8)
+        assert engine.run(feeds)["logits"].shape[:2] == (9, 5)
 
 
 def test_it_works_when_copied_alone(directory: Path, tmp_path: Path) -> None:
@@ -229,6 +257,23 @@ def test_what_torch_says_of_a_failure_is_an_error_of_ours(directory: Path) -> No
         for run in (engine.run, engine.timer):
             with pytest.raises(EngineError, match="torch failed: CUDA out of memory"):
                 run(baked.feeds("bert", 1, 4))
+
+
+def test_a_gpu_that_does_not_hold_the_weights_is_an_error_of_ours(
+    directory: Path, tmp_path: Path, tiny_graph: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    graph = tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx"
+    monkeypatch.setattr("engines.cusparselt.products._room", full)
+    with pytest.raises(EngineError, match=r"torch failed: CUDA out of memory"):
+        load_on(machine(), directory)
+    with pytest.raises(EngineError, match=r"a matrix of 32 x 32 failed .*: CUDA out of memory"):
+        build_on(machine(), graph, tmp_path)
+    with pytest.raises(EngineError, match=r"it cannot be run by torch: CUDA out of memory"):
+        build_on(machine(), graph, tmp_path, BuildOptions(sparse="never"))
+    assert not [*tmp_path.iterdir()]
 
 
 class TestSparsity:

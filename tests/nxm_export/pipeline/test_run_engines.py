@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from engines.base import BACKENDS
+from engines.parity.compare import OUTPUTS_FILE
 from engines.parity.reports import PARITY_FILE
 from nxm_export.contract.choices import BACKEND_NAMES
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline import engine_stages, run_engines
-from nxm_export.pipeline.engine_stages import choose_engine, drop_others
+from nxm_export.pipeline.engine_stages import choose_engine, compare_built, drop_others
 from nxm_export.pipeline.environment import missing_for
 from nxm_export.pipeline.run_engines import GRAPHS, RunBackends, engines_of, graphs_of, run_backends
 from nxm_export.pipeline.summary import BuildResults
+from nxm_export.progress import silent
 from nxm_export.storage.json_files import encode
 from nxm_export.storage.run_dir import RunDir
 from tests.support.made_runs import parity
@@ -175,6 +177,31 @@ def test_of_two_that_pass_the_measurement_decides(run: RunDir, monkeypatch: pyte
     assert asked[0][1:] == tuple(f"{name}={run.path('engines', f'{name}-cpu-int8')}" for name in ("ort", "openvino"))
     choose_engine(run, ENGINES, BUILT, replace(BOTH, candidates=("ort",)))
     assert not run.path("choice").exists(), "of a choice that this run did not make"
+
+
+def test_an_engine_that_fails_when_it_runs_fails_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of training lie behind a run, and the other engines before it."""
+
+    def compare(_: Path, engine: Path, __: object) -> None:
+        if engine.name.startswith("openvino"):
+            raise EngineError("out of memory")
+        for name in (PARITY_FILE, OUTPUTS_FILE):
+            (engine / name).write_text(encode(parity().content.to_dict()))
+
+    monkeypatch.setattr("engines.parity.compare.compare", compare)
+    for engine in ENGINES:
+        run.path("engines", engine.name).mkdir(parents=True)
+        run.path("engines", engine.name, "passport.json").write_text("{}")
+    for source in ("dense", "checkpoint"):
+        run.path(source).mkdir()
+    run.stage("compare openvino-cpu-int8", "compare/openvino-cpu-int8", lambda s: (s / PARITY_FILE).write_text("old"))
+    built = compare_built(run, ENGINES, BUILT, [], silent)
+    assert built.failed == {"openvino-cpu-int8": "built, and failed when it ran: out of memory"}
+    assert built.compared == ("ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int8-outputs")
+    assert not run.path("compare", "openvino-cpu-int8").exists(), "an older run's verdict on it"
+    chosen = choose_engine(run, ENGINES, built, BOTH)
+    assert chosen.backend == "ort"
+    assert "left out: openvino: built, and failed when it ran: out of memory" in chosen.why
 
 
 def test_engines_and_graphs_of_an_earlier_run_go_away(run: RunDir) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from engines.base import BuildOptions, backend
 from engines.benchmark.latency import BenchReport
-from engines.passport import load_passport
+from engines.passport import EnginePassport, load_passport
 from nxm_export.contract.records.speedup import Speedup
-from nxm_export.errors import ArtifactError, EngineError
-from nxm_export.pipeline.engine_timing import _verdict
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.pipeline.engine_builds import build_twin_engines
+from nxm_export.pipeline.engine_sparsity import require_sparse
+from nxm_export.pipeline.engine_timing import _verdict, bench_engines
 from nxm_export.pipeline.inspection import inspect_path
-from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
+from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, build_twins, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
 from tests.support.records import PASSPORT
 from tests.support.sparsity_evidence import engine_directory, tie
@@ -35,7 +38,11 @@ def test_the_dense_twin_comes_first(tmp_path: Path) -> None:
     assert not is_twins(tmp_path)
     write_twins(tmp_path)
     assert is_twins(tmp_path)
-    assert [directory.name for directory in twin_directories(tmp_path)] == ["int8-dense", "int8-sparse", "fp16"]
+    assert [directory.name for directory in twin_directories(tmp_path).values()] == [
+        "int8-dense",
+        "int8-sparse",
+        "fp16",
+    ]
     assert TWINS.to_dict() == json.loads((tmp_path / "twins.json").read_text())
 
 
@@ -118,3 +125,50 @@ def test_another_twin_than_the_one_beside_it_is_refused(tmp_path: Path) -> None:
     write_twins(tmp_path)
     with pytest.raises(EngineError, match="leave --twin out"):
         inspect_path(tmp_path, twin=tmp_path / "dense")
+
+
+class Builder:
+    """A backend that builds empty engines, but for the twins in `failing`."""
+
+    CAPABILITIES = backend("trt").CAPABILITIES
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = failing
+
+    def build(self, onnx: Path, out: Path, options: BuildOptions) -> EnginePassport:
+        (out / "build.log").write_text("[E] no scaling factors")
+        (out / "half.engine").touch()
+        if options.twin in self.failing:
+            raise EngineError(f"no kernel for {options.twin}")
+        passport = replace(PASSPORT, backend="trt", engine_sha256="ab", onnx_sha256="cd")
+        passport.save(out)
+        return passport
+
+
+@pytest.mark.parametrize("lost", ["int8-dense", "int8-sparse", "fp16"])
+def test_a_twin_that_cannot_be_built_takes_no_other_along(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.base.backend", lambda _: Builder(lost))
+    monkeypatch.setattr("nxm_export.graph.exporter.export", lambda *_, **__: None)
+    twins = tmp_path / "twins"
+    with pytest.raises(EngineError, match=rf"twins has .*; {lost} could not be built: no kernel for {lost}$"):
+        build_twin_engines(tmp_path / "checkpoint", twins, "trt")
+    kept = [name for name in ("int8-dense", "int8-sparse", "fp16") if name != lost]
+    assert [*twin_directories(twins)] == kept
+    assert [file.name for file in (twins / lost).iterdir()] == ["build.log"]
+    monkeypatch.undo()
+    with pytest.raises(EngineUnavailable, match="nothing could be timed here"):
+        bench_engines([twins])
+    if lost == "int8-sparse":
+        for asked in (lambda: inspect_path(twins), lambda: require_sparse(twins, 0.6)):
+            with pytest.raises(EngineError, match="its twin int8-sparse could not be built: no kernel for int8-sparse"):
+                asked()
+
+
+def test_where_no_twin_can_be_built_there_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.base.backend", lambda _: Builder("int8-dense", "int8-sparse", "fp16"))
+    monkeypatch.setattr("nxm_export.graph.exporter.export", lambda *_, **__: None)
+    with pytest.raises(EngineError, match="no kernel for int8-dense"):
+        build_twins(tmp_path / "checkpoint", tmp_path / "twins", "trt", BuildOptions())
+    assert not (tmp_path / "twins").is_dir() or not is_twins(tmp_path / "twins")

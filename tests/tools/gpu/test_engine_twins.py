@@ -13,10 +13,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from engines.benchmark.latency import BenchReport, Timing
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.profiling import KernelRun, ProfiledRun
 from engines.cusparselt.stand_in import IntegerReferenceKernels
-from nxm_export.pipeline.sparsity_twins import TWINS
+from nxm_export.contract.records.speedup import Speedup
+from nxm_export.errors import EngineError
+from nxm_export.pipeline.sparsity_twins import TWINS, BuiltTwins
 from nxm_export.storage.json_files import read_record
 from tests.engines.cusparselt.machines import SPARSE_KERNEL
 from tests.support import tiny
@@ -167,6 +170,45 @@ def test_hugging_face_is_timed_on_a_gpu_that_is_warm_and_once_for_a_model(
         assert calls == ["fp16", "compiled"][:times], "what does not depend on parity is measured without it"
         assert measuring.result.error == "ModuleNotFoundError: sklearn"
         assert not measuring.result.complete
+
+
+@pytest.mark.parametrize("lost", [None, "fp16", "int8-sparse"])
+def test_a_step_that_fails_leaves_the_others_to_be_measured(
+    lost: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine is there for minutes: without a profiler, or memory for one shape, there is much left to be shown."""
+    machine = Machine(IntegerReferenceKernels(), engine_twins.STAND_IN)
+    plan = engine_twins.Plan(((8, 8), (2, 8)), 6, tmp_path, tmp_path, math.inf, 1, machine)
+    measuring = engine_twins.Measuring(engine_twins.Subject("tiny", "inputs-outputs"), plan)
+    built = BuiltTwins("cusparselt", {}, {} if lost is None else {lost: "no kernel"})
+    calls: list[object] = []
+
+    def timed(engines: Mapping[str, object], shapes: list[tuple[int, int]], **_: object) -> BenchReport:
+        calls.append(shapes[0])
+        if shapes == [(8, 8)]:
+            raise EngineError("CUDA out of memory")
+        timings = tuple(Timing(name, 2, 8, 2.0, (2.0, 2.0), 6, queued=1.0) for name in engines)
+        ratios = (Speedup("int8-sparse", "int8-dense", 2, 8, 2.0, (1.9, 2.1)),) if lost is None else ()
+        return BenchReport(timings, ratios)
+
+    monkeypatch.setattr(measuring, "_checkpoint", lambda: tmp_path)
+    monkeypatch.setattr(measuring, "_inspect", MagicMock(side_effect=RuntimeError("CUPTI")))
+    monkeypatch.setattr(measuring, "_hugging_face", lambda way, *_: calls.append(way))
+    monkeypatch.setattr(engine_twins, "build_twins", lambda *_: built)
+    monkeypatch.setattr(engine_twins, "bench", timed)
+    monkeypatch.setattr(engine_twins, "read_config", lambda _: {"max_position_embeddings": 64, "vocab_size": 9})
+    monkeypatch.setattr("engines.cusparselt.backend.load", lambda _: nullcontext())
+    monkeypatch.setattr(engine_twins, "parity", lambda *_: {})
+    result = measuring.run()
+    assert calls == [(8, 8), (2, 8), "fp16", "compiled"]
+    assert len(result.bench) == 1
+    assert result.parity == {}
+    assert result.error == ("RuntimeError: CUPTI" if lost is None else f"{lost} could not be built: no kernel")
+    assert not result.complete
+    assert result.verdict == "no verdict: which kernels the sparse engine runs is not known"
+    shown = "\n".join(engine_twins.tables([result]))
+    ms = {name: "-" if name == lost else "2.0000" for name in ("fp16", "int8-dense", "int8-sparse")}
+    assert f"| 2x8 | {ms['fp16']} | {ms['int8-dense']} | {ms['int8-sparse']} |" in shown
 
 
 @pytest.mark.parametrize(("family", "attention"), [("bert", "sdpa"), ("mpnet", "eager")])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from engines.benchmark.latency import BenchReport, Timing
 from nxm_export.contract.records.speedup import Speedup
+from nxm_export.errors import EngineError, ParityError
+from nxm_export.pipeline.sparsity_twins import BuiltTwins
+from tools.gpu import evidence
 from tools.gpu.evidence import DENSE, FP16, SPARSE, Forced, Parity, Plan, Result, Sparsity, Variant, kept_at, write_page
 
 DEVICE = {"gpu": "NVIDIA H100 X", "compute_capability": "9.0", "driver": "580.1", "cuda": "13.0"}
@@ -81,7 +85,35 @@ def test_a_result_is_kept_by_all_that_it_depends_on(tmp_path: Path) -> None:
 )
 def test_the_aim_is_reached_or_missed(tmp_path: Path, sparse: float, verdict: str) -> None:
     variant = LARGE.variant
+    parity = {SPARSE: Parity(True, 0.1, 0.2), DENSE: Parity(True, 0.1, 0.2)}
     result = Result(variant, [(128, 384)], sparsity=LARGE.sparsity, bench=bench("x", (128, 384, 9.5, 5.25, sparse)))
+    result = replace(result, parity=parity)
     aim = next(line for line in page(tmp_path, result).splitlines() if line.startswith("Aim: "))
     assert verdict in aim
-    assert page(tmp_path, DENSE_ONLY).count("Not measured here.") == 1
+    unlike = BenchReport(result.bench.timings, ()) if result.bench else None  # one of the twins has no CUDA graph
+    for nothing in (
+        DENSE_ONLY,
+        replace(result, sparsity=Sparsity(2, 0, 0.0, {})),
+        replace(result, sparsity=None),
+        replace(result, parity=LARGE.parity),
+        replace(result, parity=None),
+        replace(result, bench=unlike),
+    ):
+        assert page(tmp_path, nothing).count("Not shown here: ") == 1
+
+
+def test_a_step_that_fails_leaves_what_the_others_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = bench("no verdict", (1, 8, 1.0, 0.9, 0.95))
+    fewer = replace(times, timings=times.timings[1:])  # the float twin could not be built
+    built = BuiltTwins("trt", {}, {FP16: "Calibration failure"})
+    monkeypatch.setattr(evidence, "one_shot", lambda *_: tmp_path)
+    monkeypatch.setattr("nxm_export.pipeline.sparsity_twins.build_twins", lambda *_: built)
+    monkeypatch.setattr(evidence, "_measured", MagicMock(side_effect=EngineError("no inspector")))
+    monkeypatch.setattr(evidence, "parity", MagicMock(side_effect=ParityError("NaN")))
+    monkeypatch.setattr("nxm_export.pipeline.engine_timing.bench_engines", lambda *_: fewer)
+    plan = Plan([(1, 8)], 6, 4, tmp_path, weakly_typed=True)
+    result = evidence.measure(Variant("tiny", "attention", "tanh", "matmul"), plan)
+    assert (result.error, result.bench) == ("fp16 could not be built: Calibration failure", fewer)
+    text = page(tmp_path, result)
+    assert "| tiny-attention-tanh-matmul | 1x8 | - | 0.9000 | 0.9500 | 0.95 (1.20 to 1.40) | - |" in text
+    assert "| error: fp16 could not be built: Calibration failure |" in text

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from compressors.settings import RECIPES
 from tests.support import tiny
 from tools import ROOT
 
 pytestmark = pytest.mark.slow
 ALIKE = pytest.mark.exhaustive  # goes the way of another
+TRAINED = [recipe for recipe in RECIPES if recipe != "one-shot"]
 
 # Lines of ours at which each step waits for the device, and why it must. The Trainer's and transformers' own waits show
 # as the line that calls them.
@@ -72,10 +74,10 @@ def rehearse(run: Path, folder: Path, *options: str) -> Report:
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    ["admm", "obs", "nxm", "sr-ste", "paper", *(pytest.param(r, marks=ALIKE) for r in ("obs-refit", "magnitude"))],
+    "recipe", [pytest.param(recipe, marks=ALIKE if recipe == "magnitude" else ()) for recipe in TRAINED]
 )
 def test_every_recipe_trains_to_the_end(recipe: str, run: Path, tmp_path: Path) -> None:
+    """`magnitude` is trained below, in both precisions."""
     report = rehearse(run, tmp_path, "--recipe", recipe, "--steps", "6")
     assert report.metrics["steps"] == 6
 
@@ -93,18 +95,23 @@ def test_bfloat16_changes_what_is_trained_and_nothing_else(run: Path, tmp_path: 
     assert rounded.metrics["mask_hash"] == exact.metrics["mask_hash"]
 
 
-@pytest.mark.parametrize(("recipe", "phase", "at"), [("admm", "qat", 7), ("nxm", "admm", 3), ("nxm", "qat", 4)])
+@pytest.mark.parametrize(
+    ("recipe", "phase", "at", "precision"),
+    [("admm", "qat", 7, "bf16"), ("nxm", "admm", 3, "bf16"), ("nxm", "qat", 4, "fp32")],  # a GPU's default is bf16
+)
 def test_an_interrupted_training_goes_on_to_the_same_weights(
-    recipe: str, phase: str, at: int, run: Path, tmp_path: Path
+    recipe: str, phase: str, at: int, precision: str, run: Path, tmp_path: Path
 ) -> None:
-    stopping = ("--interrupt-phase", phase, "--interrupt-at", str(at))
+    stopping = ("--interrupt-phase", phase, "--interrupt-at", str(at), "--precision", precision)
     report = rehearse(run, tmp_path, "--recipe", recipe, "--steps", "12", *stopping)
     assert report.metrics["weights of the resumed"] == report.metrics["weights"]
 
 
-@pytest.mark.parametrize("recipe", ["admm", "one-shot", pytest.param("obs", marks=ALIKE)])
-def test_a_search_happens_there_too(recipe: str, run: Path, tmp_path: Path) -> None:
-    report = rehearse(run, tmp_path, "--search", "--recipe", recipe, "--steps", "4")
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [("admm", "bf16"), ("one-shot", "fp32"), pytest.param("obs", "fp32", marks=ALIKE)]
+)
+def test_a_search_happens_there_too(recipe: str, precision: str, run: Path, tmp_path: Path) -> None:
+    report = rehearse(run, tmp_path, "--search", "--recipe", recipe, "--steps", "4", "--precision", precision)
     assert report.metrics["finalists"]
 
 

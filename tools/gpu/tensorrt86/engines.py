@@ -184,7 +184,10 @@ class Evidence:
         try:
             for twin in (DENSE, SPARSE, FP16):  # the dense one is the reference of ratios
                 if twin in engines:
-                    loaded[twin] = trt.load(engines[twin])
+                    try:
+                        loaded[twin] = trt.load(engines[twin])
+                    except NxmError as error:  # the others are timed
+                        outcome.errors.append(f"{twin}: {error}"[:800])
             outcome.bench = bench(loaded, step.shapes, rounds=40)
         except NxmError as error:
             outcome.errors.append(str(error)[:800])

@@ -65,7 +65,7 @@ def test_a_run_that_trains_nothing_reads_and_estimates_text_alone(task: str, col
     assert samples[0] == samples[1]
     for name in ("model.safetensors", "config.json", "metrics.json"):
         assert (tmp_path / "blank" / name).read_bytes() == (tmp_path / "labelled" / name).read_bytes(), name
-    with pytest.raises(DataError, match="none of the usual|no column .answer"):
+    with pytest.raises(DataError, match=r"none of the usual|no column .answer"):
         nxm.estimate(dense, task=task, train=blank, dev=dev, settings=Settings(steps=2))
 
 

@@ -8,7 +8,7 @@ A *unit* is one task with one seed: its dense model, then the rows that start fr
 every task with the first seed before any with the second, by `tools.results`, and their records are its records. After
 every row ``rows.tar.gz`` is written again: ``results/`` has the units that are whole, ``unfinished/`` what there is of
 one that was cut off. That unit goes on where its dense model still is (``--work``), and starts anew on another machine,
-since a dense model that is trained again is another model. Read the records with
+since a dense model that is trained again is another model. Beside it lies the page for docs/gpu. Read the records with
 ``python -m tools.results render --results .gpu-rows/results --document FILE --readme FILE``.
 """
 
@@ -33,10 +33,13 @@ from nxm_export.storage.json_files import encode, read_record
 from tools import provenance
 from tools.gpu import transfers
 from tools.gpu.half_precision import as_float, as_half
+from tools.gpu.pages import write_page
+from tools.rendering import table
 from tools.results import tasks
 from tools.results.rows import rows_named
 
 if TYPE_CHECKING:
+    from tools.results.records import Record
     from tools.results.run import Protocol
     from tools.results.store import TaskStore
 
@@ -163,10 +166,14 @@ class Runner:
             as_float(self.packed / "model", self.work / "model")
         self.longest = 0.0
 
+    @property
+    def units(self) -> list[Unit]:
+        """All of the plan, in the order in which they are measured."""
+        return [Unit(task, seed) for seed in self.plan.seeds for task in self.plan.tasks]
+
     def run(self) -> list[Unit]:
         """Measure what is missing; returns the units that are not whole."""
-        units = [Unit(task, seed) for seed in self.plan.seeds for task in self.plan.tasks]
-        return [unit for unit in units if not self._is_whole(unit) and not self._tried(unit)]
+        return [unit for unit in self.units if not self._is_whole(unit) and not self._tried(unit)]
 
     @property
     def _left(self) -> float:
@@ -194,12 +201,12 @@ class Runner:
             if self._left <= 0:
                 return False
             measure.run([row], [unit.seed])
-            self._write_archive()
+            self._write()
         whole = self._store(unit, self.results)
         for record in store.records():
             whole.add(record, store.labels())
         shutil.rmtree(self._place(unit))
-        self._write_archive()
+        self._write()
         self.longest = max(self.longest, time.monotonic() - began)
         print(f"{time.monotonic() - self.began:4.0f} s  {unit.name}", flush=True)
         return True
@@ -231,6 +238,14 @@ class Runner:
 
         return TaskStore(results, tasks.task_named(unit.task.name))
 
+    def _write(self) -> None:
+        self._write_archive()
+        stores = [*(self._store(unit, self.results) for unit in self.units)]
+        stores += [self._store(unit, self._place(unit) / "results") for unit in self.units]
+        records = {(record.task, record.seed, record.row): record for store in stores for record in store.records()}
+        if records:
+            write_rows(self.options.out, list(records.values()))
+
     def _write_archive(self) -> None:
         """Everything that was measured, as one file: few files come back."""
         file = self.options.out / ARCHIVE
@@ -241,6 +256,23 @@ class Runner:
             for folder in sorted((self.work / "unfinished").glob("*/results")):
                 archive.add(folder, f"unfinished/{folder.parent.name}")
         scratch.replace(file)
+
+
+def write_rows(out: Path, records: Sequence[Record]) -> Path:
+    """The page for docs/gpu: a line for each record, losing ones too."""
+    rows = []
+    for record in records:
+        scores = ", ".join(f"{name} {100 * metric.value:.2f}" for name, metric in record.metrics.items())
+        distance = None if record.compressed is None else record.compressed.kl_to_dense
+        kl = "-" if distance is None else f"{distance:.4f}"
+        speed = f"{record.steps / record.seconds:.1f}" if record.steps and record.seconds else "-"
+        named = [record.task, str(record.seed), f"`{record.row}`", scores, kl]
+        rows.append([*named, str(record.steps), f"{record.seconds:.0f}", speed])
+    head = ["task", "seed", "row", "scores, %", "KL to dense", "steps", "seconds", "steps a second"]
+    first = records[0]
+    facts = {"model": first.model, **{name: first.versions[name] for name in ("torch", "transformers")}}
+    section = "Seconds are of a whole row: calibration and dev set, too.\n\n" + table(rows, head, "lrllrrrr")
+    return write_page(out, "rows", first.machine.gpu or "stand-in", facts, [section], [ARCHIVE])
 
 
 def missing_here(*, rehearsal: bool) -> str | None:

@@ -48,11 +48,17 @@ def test_rows_that_are_cut_off_go_on_and_whole_units_travel_with_the_next_call(
         cut.setattr(run, "compress", MagicMock(side_effect=RuntimeError("the device is gone")))
         assert rehearse(packed, "work") == 1
     assert "cola-s0: RuntimeError: the device is gone" in capsys.readouterr().err
+    page = packed.parent / "out" / "stand-in-rows.md"
+    assert "nothing of this is about a GPU" in page.read_text(encoding="utf-8")
+    assert "| cola | 0 | `dense` | mcc " in page.read_text(encoding="utf-8")
     assert archived(packed) == ["unfinished/cola-s0/cola.jsonl"]
     with monkeypatch.context() as kept:
         kept.setattr(run, "finetune", MagicMock(side_effect=AssertionError("the dense model is there")))
         assert rehearse(packed, "work") == 0
     assert archived(packed) == ["results/cola.jsonl"]
+    dense, compressed = page.read_text(encoding="utf-8").splitlines()[-2:]
+    assert "| - | 2 | " in dense, "the dense model is not compared with itself"
+    assert compressed.startswith("| cola | 0 | `magnitude-2:4+W4` | mcc ")
     with tarfile.open(packed.parent / "out" / glue_rows.ARCHIVE) as archive:
         archive.extractall(packed, filter="data")
     records = TaskStore(packed / "results", tasks.task_named("cola")).records()

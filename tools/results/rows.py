@@ -196,7 +196,8 @@ class Row:
         """Names of the settings that are this row's own: those that it changes, and those that follow from them."""
         follow = self.recipe in ("paper", "one-shot") or {"augment", "distill"} & set(self.settings)
         losses = {"losses"} if self.losses else set()
-        return {"learning_rate", *self.settings} | losses | ({"losses", "augment"} if follow else set())
+        ranges = {"percentile"} if self.settings.get("steps") == 0 else set()  # `Settings.range_percentile`
+        return {"learning_rate", *self.settings} | losses | ranges | ({"losses", "augment"} if follow else set())
 
     @property
     def slug(self) -> str:

@@ -53,3 +53,8 @@ def test_all_is_every_standard_row_once() -> None:
     assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")
     assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")
     assert (row_named("paper-2:4+W4").recipe, row_named("sr-ste-1:4+W4").option) == ("paper", "1:4+W4")
+
+
+def test_a_row_that_is_not_trained_has_ranges_of_its_own() -> None:
+    assert "percentile" in row_named("admm-2:4+W4-untrained").moved
+    assert "percentile" not in row_named("admm-2:4+W4-averaged").moved

@@ -1,7 +1,7 @@
 """Layer-wise ADMM's dual variables carried into the first epoch of training, in which masks still move.
 
-Where layer-wise ADMM ends, its dual is the gradient of the layer's output error at the refit weight R, which is zero
-on the mask: ``2 (R - W) H`` elsewhere, W (out, in) the dense weight and H (in, in) the moments of its inputs. ADMM on
+Where layer-wise ADMM ends, its dual is the gradient of the layer's output error at the refit weight R. It is zero on
+the mask, and ``2 (R - W) H`` elsewhere: W (out, in) is the dense weight, H (in, in) the moments of its inputs. ADMM on
 the task's loss starts from Z = R with the scaled dual ``U = -s * 2 (R - W) H / rho``. So a weight that was dropped
 moves only where the task's gradient is another than the layer's. The layer's loss has its own unit: s makes the dual of
 each layer as large as its gradient of the first batch.

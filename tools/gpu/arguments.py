@@ -31,11 +31,11 @@ def count(text: str, whole: str) -> int:
     return int(text)
 
 
-def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    """A type for comma-separated names, each one of `known`; of an empty text there are none."""
+def names_of(known: Collection[str], *, or_none: bool = False) -> Callable[[str], list[str]]:
+    """A type for comma-separated names, each one of `known`; of an empty text there are none, where they may be."""
 
     def names(text: str) -> list[str]:
-        given = [name for name in text.split(",") if name]
+        given = text.split(",") if text or not or_none else []
         for name in given:
             if name not in known:
                 raise ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")

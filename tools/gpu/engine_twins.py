@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,11 +36,9 @@ from engines.cusparselt import backend
 from engines.cusparselt.machine import Machine, this_machine
 from engines.cusparselt.profiling import ProfiledRun, read_profile
 from engines.cusparselt.program import Choice
-from engines.cusparselt.report import times
 from engines.cusparselt.stand_in import IntegerReferenceKernels
-from engines.parity.reports import Comparison, ParityReport
+from engines.parity.reports import Comparison
 from engines.passport import load_passport
-from engines.sparsity.kernel_names import kernel_named
 from nxm_export.contract.checkpoint import read_config, task_at
 from nxm_export.contract.choices import TASK
 from nxm_export.contract.tasks import TASKS
@@ -51,13 +48,14 @@ from nxm_export.hf.protocols import HasAttention
 from nxm_export.pipeline.engine_comparison import compare_engines
 from nxm_export.pipeline.engine_sparsity import measure_layers
 from nxm_export.pipeline.inspection import inspect_engine
-from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
+from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE, TWINS, TwinGraphs, build_twins
 from nxm_export.storage.atomic import make_directory, write_atomic
 from nxm_export.storage.json_files import encode, read_record
 from tools.gpu.arguments import fitting, names_of, shapes
 from tools.gpu.evidence import MODELS, Parity, Sparsity, parity, profiles_of
 from tools.gpu.pages import write_page
 from tools.gpu.random_checkpoint import write_checkpoint
+from tools.gpu.twin_tables import table_of, tables
 
 if TYPE_CHECKING:
     import torch
@@ -361,89 +359,6 @@ def _milliseconds(
         return statistics.median(taken[""]), captured is not None
 
 
-def tables(results: Sequence[Result]) -> list[str]:
-    """Times and kernels of every subject."""
-    return [line for result in results for line in _table(result)]
-
-
-def _table(result: Result) -> Iterator[str]:
-    facts = result.machine
-    stand_in = "" if result.kind == "gpu" else " (A STAND-IN: nothing of this is about a GPU)"
-    versions = f"torch {facts['torch']}, cuSPARSELt {facts['cusparselt']}"
-    yield f"## {result.subject.name} on {facts['gpu']}{stand_in}, {versions}"
-    yield ""
-    if result.error is not None:
-        yield f"- error: {result.error}"
-    yield from (f"- {name} could not be built: {why}" for name, why in result.unbuilt.items())
-    yield from (f"- not measured: {text}" for report in result.bench for text in report.unmeasured)
-    if result.sparsity is not None:
-        sparsity = result.sparsity
-        yield f"- sparse kernels: {sparsity.chosen} of {sparsity.planned} planned matrices; {sparsity.counts}"
-    if loose := [name for name, held in result.captured.items() if not held]:
-        yield f"- in no CUDA graph, so that launches are in their times: {', '.join(loose)}"
-    yield from (f"- verdict: {result.verdict}", f"- parity: {result.parity}", f"- seconds: {dict(result.seconds)}")
-    for one in result.compared.reports if result.compared is not None else ():
-        yield f"- parity on {one.samples} samples: {_in_words(one)}"
-    for left in result.compared.skipped if result.compared is not None else ():
-        yield f"- parity: {left.engine} was not run: {left.reason}"
-    if result.skipped:
-        yield f"- not reached: {', '.join(result.skipped)}"
-    if result.bench:
-        yield from (
-            "",
-            "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | all queued | Hugging Face |",
-        )
-        yield "|---|---:|---:|---:|---:|---:|---|---|"
-    for report in result.bench:
-        yield _row(report, result)
-    if result.choices:
-        yield from ("", "K x N to output, rows: sparse and dense -> form", "")
-    for choice in result.choices:
-        yield f"- {choice.k}x{choice.n} to {choice.output}, {times([choice])} -> {choice.form}"
-    for form, problem in dict.fromkeys((m.form, m.problem) for c in result.choices for m in c.measured if m.problem):
-        yield f"- {form}: {problem}"
-    if result.profiles:
-        yield from ("", "Kernels of the sparse engine's products, by the profiler", "")
-    for shape, run in result.profiles.items():
-        yield f"- {shape}: {_kernels_in_words(run)}"
-    yield ""
-
-
-def _in_words(report: ParityReport) -> str:
-    """The verdict of a comparison, and both values of the metric."""
-    verdict = "passed" if report.passed else f"FAILED ({report.reason or 'see the JSON'})"
-    engine = "no value" if report.engine_value is None else f"{report.engine_value:.4f}"
-    name = Path(report.engine).name
-    return f"{name} {verdict}; {report.metric} {engine}, checkpoint {report.reference_value:.4f}"
-
-
-def _kernels_in_words(run: ProfiledRun) -> str:
-    """How many products ran a sparse INT8 kernel, and the names of all kernels with the number of their products."""
-    names = [sorted({kernel.name for kernel in kernels}) for kernels in run.products.values()]
-    sparse = sum(any(_is_sparse(name) for name in each) for each in names)
-    shown = [f"{name} ({count})" for name, count in Counter(name for each in names for name in each).most_common()]
-    return f"{sparse} of {len(names)} products ran a sparse INT8 kernel; {', '.join(shown) or 'no kernel was seen'}"
-
-
-def _is_sparse(name: str) -> bool:
-    kernel = kernel_named(name)
-    return kernel is not None and kernel.sparse and kernel.integer
-
-
-def _row(report: BenchReport, result: Result) -> str:
-    times = {timing.name: timing.median for timing in report.timings}
-    shape = f"{report.timings[0].batch}x{report.timings[0].sequence}"
-    ratio = next((ratio for ratio in report.ratios if ratio.name == SPARSE), None)
-    speed = "-" if ratio is None else f"{ratio.speedup:.2f} ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})"
-    shown = [f"{times[name]:.4f}" if name in times else "-" for name in (FLOAT, DENSE, SPARSE)]
-    theirs = ", ".join(f"{way} {ms:.4f}" for way, ms in (result.hugging_face or {}).get(shape, {}).items()) or "-"
-    over = f"{times[FLOAT] / times[SPARSE]:.2f}" if {FLOAT, SPARSE} <= {*times} else "-"
-    by_name = {timing.name: timing.queued for timing in report.timings}
-    ms = (by_name.get(name) for name in (FLOAT, DENSE, SPARSE))
-    queued = ", ".join("-" if each is None else f"{each:.4f}" for each in ms)
-    return f"| {' | '.join([shape, *shown, speed, over, queued, theirs])} |"
-
-
 @contextmanager
 def rehearsal() -> Iterator[Machine]:
     """The verbs of the backend run on exact integers on the CPU, and say "stand-in" wherever they say a GPU."""
@@ -461,7 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files and the page")
     parser.add_argument("--budget", type=float, default=400, help="seconds; what was not reached is listed")
     models = "bert-base,minilm,bert-large"
-    parser.add_argument("--models", type=names_of(MODELS), default=models, help=f"of {', '.join(MODELS)}; '' for none")
+    parser.add_argument(
+        "--models", type=names_of(MODELS, or_none=True), default=models, help=f"of {', '.join(MODELS)}; '' for none"
+    )
     parser.add_argument("--checkpoint", action="append", default=[], help="a compressed checkpoint; may be repeated")
     parser.add_argument("--data", help="labelled rows, such as a dev.tsv: checkpoints are compared on them, too")
     parser.add_argument(
@@ -532,7 +449,7 @@ def _write(results: Sequence[Result], skipped: Sequence[str], plan: Plan) -> Non
     facts = plan.machine.facts
     versions = {"torch": facts["torch"], "CUDA": facts["cuda"], "cuSPARSELt": facts["cusparselt"]}
     raw = [f"{result.subject.name}.json" for result in results]
-    sections = ["\n".join(_table(result)) for result in results]
+    sections = ["\n".join(table_of(result)) for result in results]
     write_page(plan.out, "twins", facts["gpu"], versions, [*sections, *_not_reached(skipped)], raw)
 
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from engines.base import BuildOptions, Closing, Engine, backend, cpu_backends
-from engines.benchmark.fastest_backend import choose, judge
+from engines.benchmark.fastest_backend import Choice, choose, judge
 from engines.benchmark.latency import BenchReport, Timing, bench
 from engines.openvino.backend import OpenVinoEngine
 from engines.passport import load_passport
@@ -61,6 +61,25 @@ def told(**milliseconds: Sequence[float]) -> Callable[..., BenchReport]:
 @pytest.fixture(scope="module")
 def graph(tiny_graph: Callable[..., Path]) -> Path:
     return tiny_graph("bert", "inputs") / "model.onnx"
+
+
+@pytest.fixture
+def compared_choice(
+    tiny_graph: Callable[..., Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> Callable[[], Choice]:
+    """Builds an engine of which OpenVINO's is the faster one, and compares both with their checkpoint."""
+
+    def choice() -> Choice:
+        checkpoint = tiny_checkpoint("bert")
+        return build_fastest(
+            tiny_graph("bert", "inputs-outputs") / "model.onnx",
+            tmp_path / "engine",
+            shapes=[(1, 4)],
+            check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
+            measure=told(ort=[2.0], openvino=[1.0]),
+        ).choice
+
+    return choice
 
 
 @pytest.mark.parametrize(
@@ -148,8 +167,7 @@ def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_fails_the_comparison_is_no_candidate(
-    tiny_checkpoint: Callable[..., Path],
-    tiny_graph: Callable[..., Path],
+    compared_choice: Callable[[], Choice],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -172,14 +190,7 @@ def test_an_engine_that_fails_the_comparison_is_no_candidate(
         return load_passport(out)
 
     monkeypatch.setattr(openvino, "build", broken)
-    checkpoint = tiny_checkpoint("bert")
-    choice = build_fastest(
-        tiny_graph("bert", "inputs-outputs") / "model.onnx",
-        tmp_path / "engine",
-        shapes=[(1, 4)],
-        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
-        measure=told(ort=[2.0], openvino=[1.0]),
-    ).choice
+    choice = compared_choice()
     assert choice.backend == "ort"
     assert choice.left_out == {"openvino": "it does not compute what the checkpoint computes"}
     assert "only candidate" in choice.why
@@ -188,8 +199,7 @@ def test_an_engine_that_fails_the_comparison_is_no_candidate(
 
 
 def test_an_engine_that_was_not_compared_is_no_candidate(
-    tiny_graph: Callable[..., Path],
-    tiny_checkpoint: Callable[..., Path],
+    compared_choice: Callable[[], Choice],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -206,21 +216,13 @@ def test_an_engine_that_was_not_compared_is_no_candidate(
         return healthy(*arguments)
 
     monkeypatch.setattr(openvino, "load", absent)
-    checkpoint = tiny_checkpoint("bert")
-    choice = build_fastest(
-        tiny_graph("bert", "inputs-outputs") / "model.onnx",
-        tmp_path / "engine",
-        shapes=[(1, 4)],
-        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
-        measure=told(ort=[2.0], openvino=[1.0]),
-    ).choice
+    choice = compared_choice()
     assert choice.backend == "ort"
     assert choice.left_out == {"openvino": "it could not be compared: gone for a moment"}
 
 
 def test_an_engine_that_fails_while_it_is_compared_is_no_candidate(
-    tiny_graph: Callable[..., Path],
-    tiny_checkpoint: Callable[..., Path],
+    compared_choice: Callable[[], Choice],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -228,14 +230,7 @@ def test_an_engine_that_fails_while_it_is_compared_is_no_candidate(
         raise EngineError("out of memory")
 
     monkeypatch.setattr(OpenVinoEngine, "run", failing)
-    checkpoint = tiny_checkpoint("bert")
-    choice = build_fastest(
-        tiny_graph("bert", "inputs-outputs") / "model.onnx",
-        tmp_path / "engine",
-        shapes=[(1, 4)],
-        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
-        measure=told(ort=[2.0], openvino=[1.0]),
-    ).choice
+    choice = compared_choice()
     assert choice.backend == "ort"
     assert choice.left_out == {"openvino": "it could not be compared: out of memory"}
 

@@ -89,6 +89,7 @@ def test_what_is_missing_is_said_in_a_line(
         ("issue4694", ["--presets", "int9-out"], "'int9-out' is none of float-out, int8-out"),
         ("issue4694", ["--shape", "8x"], "'8x' has '' where a number"),
         ("cusparselt.__main__", ["--out", "{}/x.json", "--models", "tony"], "'tony' is none of "),
+        ("cusparselt.__main__", ["--out", "{}/x.json", "--models", ""], "'' is none of "),
         ("cusparselt.__main__", ["--out", "{}/x.json", "--rows", "1024,many"], "'1024,many' has 'many'"),
         ("fake_accelerator.__main__", ["{}/nowhere"], "nowhere has no dense/"),
         ("tensorrt86.engines", ["{}", "{}", "a:b:1xlong"], "'1xlong' has 'long'"),

@@ -23,7 +23,7 @@ from nxm_export.pipeline.sparsity_twins import TWINS, BuiltTwins
 from nxm_export.storage.json_files import read_record
 from tests.engines.cusparselt.machines import SPARSE_KERNEL
 from tests.support import tiny
-from tools.gpu import engine_twins
+from tools.gpu import engine_twins, twin_tables
 
 
 def test_the_first_models_come_first_then_trained_checkpoints() -> None:
@@ -130,9 +130,9 @@ def test_kernels_are_counted_by_products_and_floats_are_no_sparse_integers() -> 
     sparse, dense = SPARSE_KERNEL, "sm90_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x64"
     products = {"a": ran(sparse, "void pad"), "b": ran(sparse, sparse), "c": ran(dense), "d": ()}
     products |= {"e": ran("sm90_xmma_sparse_gemm_f16f16_f16f32_tn_n")}
-    said = engine_twins._kernels_in_words(ProfiledRun("", (1, 8), products, None))
+    said = twin_tables.kernels_in_words(ProfiledRun("", (1, 8), products, None))
     assert said.startswith(f"2 of 5 products ran a sparse INT8 kernel; {sparse} (2), void pad (1), {dense} (1)")
-    nothing = engine_twins._kernels_in_words(ProfiledRun("", (1, 8), {"a": ()}, None))
+    nothing = twin_tables.kernels_in_words(ProfiledRun("", (1, 8), {"a": ()}, None))
     assert nothing == "0 of 1 products ran a sparse INT8 kernel; no kernel was seen"
 
 
@@ -206,7 +206,7 @@ def test_a_step_that_fails_leaves_the_others_to_be_measured(
     assert result.error == ("RuntimeError: CUPTI" if lost is None else f"{lost} could not be built: no kernel")
     assert not result.complete
     assert result.verdict == "no verdict: which kernels the sparse engine runs is not known"
-    shown = "\n".join(engine_twins.tables([result]))
+    shown = "\n".join(twin_tables.tables([result]))
     ms = {name: "-" if name == lost else "2.0000" for name in ("fp16", "int8-dense", "int8-sparse")}
     assert f"| 2x8 | {ms['fp16']} | {ms['int8-dense']} | {ms['int8-sparse']} |" in shown
 

@@ -34,7 +34,7 @@ from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import prepare
 from compressors.settings import SECOND_ORDER
 from nxm_export.contract.plan import NMPattern, WeightSpec
-from nxm_export.errors import DataError
+from nxm_export.errors import ArtifactError, DataError
 from tests.support.bert_block import CONFIG, FAMILY, Block
 from tests.support.random_tensors import correlated
 
@@ -397,3 +397,14 @@ def test_solutions_come_back_as_they_were(tmp_path: Path) -> None:
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
         assert again["a.weight"].error == solution.error
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 0.999])
+def test_a_damaged_file_of_solutions_is_an_error_with_the_way_out(tmp_path: Path, left: float) -> None:
+    weight, hessian = layer(8, 32)
+    kept = SolvedBlocks(tmp_path)
+    kept.write(0, {"a.weight": ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))})
+    file = tmp_path / "solved-0.safetensors"
+    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
+    with pytest.raises(ArtifactError, match=r"solved-0.safetensors: cannot be read .* remove it, and it is solved ag"):
+        kept.read(0)

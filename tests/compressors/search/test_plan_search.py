@@ -159,9 +159,8 @@ def test_a_search_for_another_recipe_has_another_table(desk: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("samples", "taken"), [(8, 13), (16, 16), (90, 40)])
 def test_weights_are_fitted_to_twice_as_many_tokens_as_the_widest_layer_reads_values(samples: int, taken: int) -> None:
-    sentences: list[Features] = [{"input_ids": [1] * 10, "attention_mask": [1] * 10, "labels": 0} for _ in range(40)]
-    layers = {"narrow": nn.Linear(8, 4), "wide": nn.Linear(64, 4)}  # 128 tokens: 13 sentences
-    assert len(_enough(sentences, SearchSettings(samples=samples), layers)) == taken
+    sentences: list[Features] = [{"input_ids": [number] * 10} for number in range(40)]  # 128 tokens: 13 sentences
+    assert len(_enough(sentences, SearchSettings(samples=samples), 64)) == taken
 
 
 def test_texts_too_short_to_fit_weights_to_are_refused_as_compression_refuses_them(desk: Path, tmp_path: Path) -> None:

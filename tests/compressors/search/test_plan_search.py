@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from torch import nn
+from torch import Tensor, nn
 
 from compressors.models import load_model, load_tokenizer, resolve
+from compressors.pruning.layer_inputs import Batches, second_moments
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
+from compressors.search import sensitivity
 from compressors.search.plan_search import _enough, _Runs, _sized, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
 from compressors.search.plan_selection import Trial
@@ -161,6 +163,30 @@ def test_a_search_for_another_recipe_has_another_table(desk: Path, tmp_path: Pat
 def test_weights_are_fitted_to_twice_as_many_tokens_as_the_widest_layer_reads_values(samples: int, taken: int) -> None:
     sentences: list[Features] = [{"input_ids": [number] * 10} for number in range(40)]  # 128 tokens: 13 sentences
     assert len(_enough(sentences, SearchSettings(samples=samples), 64)) == taken
+
+
+@pytest.mark.parametrize("recipe", ["obs", "admm"])
+def test_the_table_is_made_from_as_many_tokens_as_refitting_needs(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    read = list[int]()
+
+    def watched(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> dict[str, Tensor]:
+        read.append(sum(int(batch["attention_mask"].sum()) for batch in batches))
+        return second_moments(model, layers, batches)
+
+    monkeypatch.setattr(sensitivity, "second_moments", watched)
+    search_plan(
+        desk / "dense",
+        task="classification",
+        train=str(desk / "train.tsv"),
+        out=tmp_path / "out",
+        settings=SearchSettings(samples=8, held_out=8, swaps=0, candidate_specs=("2:4+W4", "dense"), compression=0.5),
+        training=Settings(recipe=recipe, steps=2, threads=1),
+    )
+    enough = 2 * tiny.INTERMEDIATE
+    assert read
+    assert all(tokens >= enough for tokens in read) if recipe == "admm" else all(tokens < enough for tokens in read)
 
 
 def test_what_refitting_takes_is_taken_from_the_samples(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from nxm_export.errors import DataError, PlanError
 RECIPES = ("admm", "obs-refit", "obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # Those that look at the inputs of layers to choose masks, and start near the dense model.
 SECOND_ORDER = ("admm", "obs-refit", "obs")
+REFITTING = ("admm", "obs-refit")  # whose weights are fitted to what layers read
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
 # ADMM's constraint set: the pattern, or pattern and grid together (without and with fake quantization in the forward

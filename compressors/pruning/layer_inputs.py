@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from nxm_export.data.features import Features
 from nxm_export.errors import DataError
 
 _SPARE = 20  # of so many texts one is held out, and not calibrated on
@@ -53,19 +54,34 @@ def by_block(layers: Mapping[str, Layer], blocks: Iterable[str]) -> list[dict[st
     return [part for part in parts if part]
 
 
-def require_enough_tokens(layers: Mapping[str, nn.Linear], batches: Batches) -> None:
-    """Raise `DataError` where there are fewer real tokens than the widest of `layers` has inputs.
+def count_with_tokens(samples: Iterable[Features], tokens: int) -> int:
+    """How many of `samples`, from the first on, hold so many `tokens`, or all have; a text that comes again holds none:
+    its inputs are known."""
+    known, held, count = set[tuple[int, ...]](), 0, 0
+    for sample in samples:
+        if held >= tokens:
+            break
+        text, count = tuple(sample["input_ids"]), count + 1
+        held += 0 if text in known else len(text)
+        known.add(text)
+    return count
+
+
+def require_enough_tokens(widths: Mapping[str, int], samples: Iterable[Features]) -> None:
+    """Raise `DataError` where the texts of `samples`, each counted once, have fewer tokens than the widest layer has
+    inputs; `widths` are numbers of inputs by weight name.
 
     Its moments then leave directions open in which any change of its weights looks free of cost.
     """
-    samples = sum(len(batch["attention_mask"]) for batch in batches)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    name, needed = max(((name, layer.in_features) for name, layer in layers.items()), key=lambda item: item[1])
+    texts = {tuple(sample["input_ids"]) for sample in samples}
+    tokens = sum(map(len, texts))
+    name, needed = max(widths.items(), key=lambda item: item[1])
     if tokens < needed:
-        about = -(-_SPARE * needed * samples // max(_SPARE * tokens - tokens, 1))
+        about = -(-_SPARE * needed * len(texts) // max(_SPARE * tokens - tokens, 1))
         raise DataError(
             f"the calibration texts have {tokens} tokens, {name} reads {needed} values, and needs at least as many "
-            f"tokens: give about {about} texts like these ({samples} were read), or choose --recipe obs or magnitude"
+            f"tokens: give about {about} different texts like these ({len(texts)} were read), or choose --recipe obs "
+            "or magnitude"
         )
 
 

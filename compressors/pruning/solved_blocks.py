@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressors.pruning.layerwise import Solution
-from nxm_export.storage.atomic import disk_errors, make_directory
+from compressors.work_files import read_tensors, write_tensors
 
 
 class SolvedBlocks:
@@ -24,12 +23,13 @@ class SolvedBlocks:
         self.directory = directory
 
     def read(self, block: int) -> dict[str, Solution] | None:
-        """The solutions of a block by weight name, or None where it was not finished."""
+        """The solutions of a block by weight name, or None where it was not finished; raises `ArtifactError` for a file
+        that is damaged."""
         file = self._file(block)
         if not file.is_file():
             return None
         parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(file).items():
+        for key, tensor in read_tensors(file, "it is solved again").items():
             name, _, part = key.rpartition("|")
             parts.setdefault(name, {})[part] = tensor
         return {
@@ -46,12 +46,7 @@ class SolvedBlocks:
             tensors[f"{name}|latent"] = solution.latent.clone()  # a weight without bits is the latent one itself
             tensors[f"{name}|weight"] = solution.weight
             tensors[f"{name}|error"] = torch.tensor(solution.error, dtype=torch.float64)
-        file = self._file(block)
-        partial = file.with_suffix(".partial")
-        with disk_errors(file):
-            make_directory(self.directory)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-            partial.replace(file)
+        write_tensors(self._file(block), tensors)
 
     def _file(self, block: int) -> Path:
         return self.directory / f"solved-{block}.safetensors"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process_setup import prepare_process
-from compressors.pruning.layer_inputs import require_enough_tokens
+from compressors.pruning.layer_inputs import count_with_tokens, require_enough_tokens
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.quantization.prepare_bake import prepare
 from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
@@ -34,7 +34,7 @@ from compressors.search.sensitivity import (
 )
 from compressors.search.settings import SearchSettings
 from compressors.search.weight_options import WeightOptions
-from compressors.settings import Settings
+from compressors.settings import REFITTING, Settings
 from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student
 from compressors.training.output_divergence import divergence, real_logits
@@ -65,7 +65,6 @@ from nxm_export.storage.json_files import encode
 SENSITIVITY_FILE = "sensitivity.csv"
 _MARKS = {"plan.json", SEARCH_FILE}  # that make a directory one of a search
 _TIMED_STEPS = 5
-REFITTING = ("admm", "obs-refit")  # recipes whose weights are fitted to what layers read
 TOKENS_PER_INPUT = 2
 # A weight that reads n values is solved for one option in the time in which it multiplies so many times n tokens. The
 # whole solver takes 55 n: 52 to 58 at 11 to 53 tokens a sentence (CPU time on one thread, shapes of MiniLM-L6, against
@@ -116,9 +115,10 @@ def search(
     judged, known = (_batches(part, data.pad_id, settings.batch_size) for part in (held_out, rest[: settings.samples]))
     read = known
     if training.recipe in REFITTING:
-        layers = {weight: probe.layer(weight) for weight in probe.weights}
-        read = _batches(_enough(rest, settings, layers), data.pad_id, settings.batch_size)
-        require_enough_tokens(layers, read)
+        widths = {weight: wide for weight, (_, wide) in source.family.weights(source.config).items()}
+        samples = _enough(rest, settings, max(widths.values()))
+        require_enough_tokens(widths, samples)
+        read = _batches(samples, data.pad_id, settings.batch_size)
     selector = Selector(
         probe,
         source.config,
@@ -176,16 +176,14 @@ def _sized(settings: SearchSettings, source: ModelSource, data: TaskData, recipe
     return settings.sized(blocks, len(source.family.linears), len(data.train), trained, solving)
 
 
-def _enough(features: Sequence[Features], settings: SearchSettings, layers: Mapping[str, nn.Linear]) -> list[Features]:
-    """The first of `features`, at least as many as calibrate, with twice as many tokens as the widest layer reads
+def _enough(features: Sequence[Features], settings: SearchSettings, widest: int) -> Sequence[Features]:
+    """The first of `features`, at least as many as calibrate, with twice as many tokens as the `widest` layer reads
     values.
 
     A weight that is refitted for fewer fits them by heart: the table would price something that no compression makes.
     """
-    wanted = TOKENS_PER_INPUT * max(layer.in_features for layer in layers.values())
-    counted = np.cumsum([len(sample["input_ids"]) for sample in features])
     assert settings.samples is not None
-    return list(features[: max(settings.samples, int(np.searchsorted(counted, wanted)) + 1)])
+    return features[: max(settings.samples, count_with_tokens(features, TOKENS_PER_INPUT * widest))]
 
 
 def _require_replaceable(out: Path) -> bool:

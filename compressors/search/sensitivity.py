@@ -16,6 +16,7 @@ interrupted table goes on where it was. Under ``torchrun`` each process measures
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.protocols import TaskOutput
+from nxm_export.storage.atomic import make_directory, write_atomic
 
 Batches = Sequence[Mapping[str, Tensor]]
 COLUMNS = ("weight", "option", "kl", "fisher")
@@ -393,14 +395,13 @@ def _measure_block(
 
 
 def write_sensitivities(file: Path, table: Iterable[Sensitivity]) -> None:
-    """Write the table as CSV, old or new, never half."""
-    scratch = file.with_name(f".{file.name}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with scratch.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        writer.writerows([entry.weight, entry.option, repr(entry.kl), repr(entry.fisher)] for entry in table)
-    scratch.replace(file)
+    """Write the table as CSV, old or new, never half; raises `ArtifactError` where the disk is full."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows([entry.weight, entry.option, repr(entry.kl), repr(entry.fisher)] for entry in table)
+    make_directory(file.parent)
+    write_atomic(file, text.getvalue())
 
 
 def read_sensitivities(file: Path) -> list[Sensitivity]:

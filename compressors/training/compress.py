@@ -171,9 +171,9 @@ def compress(
     data = read_task_data(source, request, tokenizer, settings)
     if data.numbered:
         require_counted_alike(load_model(source, kind), data, dev)
+    job = Job(source, data, plan, settings, result.work_dir, progress)
     with claimed(result.directory, result.work_dir) as scratch:
         _take_ownership(result.work_dir, source, data, settings, plan)
-        job = Job(source, data, plan, settings, result.work_dir, progress)
         student, facts = job.run()
         round_as_stored(student, job.plan)  # what is scored is what is saved
         logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking

@@ -21,14 +21,14 @@ from transformers import TrainerCallback, set_seed
 
 from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
-from compressors.pruning.layer_inputs import by_block, require_enough_tokens, second_moments
+from compressors.pruning.layer_inputs import by_block, count_with_tokens, require_enough_tokens, second_moments
 from compressors.pruning.layerwise import SOLVERS, solve_layers
 from compressors.pruning.permutation import permute_channels, permute_residual, require_unchanged, residual_order
 from compressors.pruning.solved_blocks import SolvedBlocks
 from compressors.quantization.even_channels import even_out_channels
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import calibrate, in_float, prepare, require_invariants, set_scales
-from compressors.settings import Settings
+from compressors.settings import REFITTING, Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
 from compressors.training.callbacks import JsonLog
@@ -51,7 +51,7 @@ from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import droppable_outputs
 from nxm_export.contract.records.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
-from nxm_export.data.features import sorted_batches, split_indices
+from nxm_export.data.features import Features, sorted_batches, split_indices
 from nxm_export.hf.protocols import TaskOutput
 from nxm_export.progress import Progress
 
@@ -74,7 +74,8 @@ class MaskSearch:
 
 
 class Job:
-    """One compression run: holds what the phases share."""
+    """One compression run: holds what the phases share. Raises `DataError` for a train set of too few tokens for its
+    recipe."""
 
     def __init__(
         self,
@@ -95,6 +96,12 @@ class Job:
             held_out, rest = [], held_out
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
+        shapes = source.family.weights(source.config)
+        widths = {name: shapes[name][1] for name, spec in plan.weights.items() if not spec.is_dense}
+        self.tokens = 0  # that inputs of layers are measured on, at least
+        if settings.recipe in REFITTING and widths:
+            self.tokens = max(widths.values())
+            require_enough_tokens(widths, self._calibration_samples(self.tokens))
         self.steps = 0
         if settings.trains:
             self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
@@ -192,11 +199,7 @@ class Job:
     def _solve(self, student: nn.Module, layers: Layers) -> None:
         """Masks, weights and scales of every layer from what it reads, before any training."""
         recipe = self.settings.recipe
-        batches = self.calibration_batches(
-            0 if recipe == "obs" else max(layer.in_features for layer in layers.values())
-        )
-        if recipe != "obs":
-            require_enough_tokens(layers, batches)
+        if recipe in REFITTING:
             for layer in layers.values():
                 # For `admm`, what layers read while no weight is rounded leads nearer (docs/research-notes.md); for
                 # `obs` it does not, and it stays as its results were measured.
@@ -204,7 +207,7 @@ class Job:
         solve_layers(
             student,
             by_block(layers, self.source.family.blocks(self.source.config)),
-            batches,
+            self.calibration_batches(self.tokens),
             SOLVERS[recipe],
             deployed=not self.steps,
             finished=SolvedBlocks(self.work_dir),
@@ -323,12 +326,13 @@ class Job:
     def calibration_batches(self, tokens: int = 0) -> list[dict[str, Tensor]]:
         """The samples that ranges and inputs are measured on, in batches; as many more as it takes to have that many
         `tokens`, where train has them."""
+        samples = self._calibration_samples(tokens)
+        return [collate([samples[i] for i in batch], self.data.pad_id) for batch in sorted_batches(samples, 32)]
+
+    def _calibration_samples(self, tokens: int) -> list[Features]:
         order = np.random.default_rng(self.settings.seed).permutation(len(self.train))
-        counted = np.cumsum([len(self.train[i]["input_ids"]) for i in order])
-        count = max(self.settings.calibration_samples, int(np.searchsorted(counted, tokens)) + 1)
-        samples = [self.train[i] for i in sorted(order[:count])]
-        batches = sorted_batches(samples, 32)
-        return [collate([samples[i] for i in batch], self.data.pad_id) for batch in batches]
+        count = max(self.settings.calibration_samples, count_with_tokens((self.train[i] for i in order), tokens))
+        return [self.train[i] for i in sorted(order[:count])]
 
     def _calibrate(self, student: nn.Module) -> list[float]:
         batches = self.calibration_batches()

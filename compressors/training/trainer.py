@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -42,6 +41,7 @@ from compressors.training.callbacks import (
 from compressors.training.distillation import Student, free_teacher_memory, known_labels
 from compressors.training.resume import pin
 from compressors.training.task_data import TaskData
+from compressors.work_files import read_tensors, write_tensors
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.features import Features, filled, label_array, pad, sorted_batches
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
@@ -147,7 +147,7 @@ def run_phase(
     begun = finished.is_file() or resume is not None
     pin(data.work_dir / f"{phase.name}.json", _facts(phase, data, features, order), begun=begun)
     if finished.is_file():
-        student.load_state_dict(load_file(finished))
+        student.load_state_dict(read_tensors(finished, f"the phase {phase.name} is trained again"))
         data.progress(phase.name, phase.steps, phase.steps)
         return
     arguments = training_arguments(phase, directory, data.seed, data.precision)
@@ -179,10 +179,7 @@ def run_phase(
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
     student.apply_averages()
     if trainer.is_world_process_zero():
-        partial = finished.with_suffix(".partial")
-        with disk_errors(finished):
-            save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
-            partial.replace(finished)
+        write_tensors(finished, student.state_dict())
         shutil.rmtree(directory, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def require_possible(request: Request, source: ModelSource, choice: PlanChoice) -> None:
     """Raise an `NxmError`, before anything is trained, for what a run would come to only behind its training: an engine
-    too large for its file, a search that can find nothing, texts without labels that cannot be read."""
+    too large for its file, a search that can find nothing or has no labels, texts without labels that cannot be
+    read."""
     from nxm_export.graph.external_data import require_one_file
 
     way_out = (
@@ -31,7 +32,20 @@ def require_possible(request: Request, source: ModelSource, choice: PlanChoice) 
         from compressors.search.plan_search import require_searchable
 
         require_searchable(source, choice.search, request.settings)
+        if not request.settings.trains:
+            _require_labels(request, source)
     require_more_text(request, source)
+
+
+def _require_labels(request: Request, source: ModelSource) -> None:
+    """Raise `DataError` for calibration text without labels, which is enough where nothing trains: a search has a
+    loss to measure."""
+    task = task_named(request.task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        load_labelled(
+            request.train, "train", request.columns, task, source.classes() if source.head_fits(task) else None
+        )
 
 
 def require_more_text(request: Request, source: ModelSource) -> None:

@@ -85,9 +85,8 @@ def job(desk: Path, out: Path) -> dict[str, object]:
         metrics = compressed("checkpoint", TRAINING)
         # In this mode the forward pass leaves weights in float, and their quantizers' scales without gradient.
         compressed("joint", replace(TRAINING, steps=4, admm="joint"))
-        # Masks by second-order pruning, which every process does for itself.
-        compressed("obs", replace(TRAINING, steps=2, recipe="obs"))
         # Solutions that the processes share out.
+        compressed("obs", replace(TRAINING, steps=2, recipe="obs"))
         compressed("admm", replace(TRAINING, steps=0, recipe="admm"))
     return {"states": states, "metrics": metrics.to_dict()}
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compressors.models import load_model
-from compressors.pruning.layer_inputs import by_block, require_enough_tokens, second_moments
+from compressors.pruning.layer_inputs import by_block, count_with_tokens, require_enough_tokens, second_moments
 from compressors.pruning.layerwise import metrics
 from nxm_export.contract.tasks import task_named
+from nxm_export.data.features import Features
 from nxm_export.errors import DataError
 from tests.support import tiny
 from tests.support.memory import PeakOfLiveBytes
@@ -125,14 +126,20 @@ def test_inputs_that_are_no_numbers_name_the_layer_that_reads_them(value: float,
 
 def test_too_little_text_is_refused_with_how_much_is_needed(tmp_path: Path) -> None:
     opened = probed(tmp_path, intermediate=128)
-    layers = layers_of(opened)
-    batches = opened.batches(0, 4)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    widths = {weight: layer.in_features for weight, layer in layers_of(opened).items()}
+    few = opened.features[:4]
+    tokens = sum(len(sample["input_ids"]) for sample in few)
     assert tokens < 128
     needed = math.ceil(128 * 4 / tokens * 20 / 19)  # of twenty texts training holds one out
-    with pytest.raises(
-        DataError, match=rf"have {tokens} tokens, .*output.dense.weight reads 128 .* about {needed} texts"
-    ):
-        require_enough_tokens(layers, batches)
-    require_enough_tokens(layers, opened.batches(0, 2 * needed))
+    said = rf"have {tokens} tokens, .*output.dense.weight reads 128 .* about {needed} different texts .*\(4 were read"
+    for samples in (few, few * 100):  # what is read again tells nothing new of a layer's inputs
+        with pytest.raises(DataError, match=said):
+            require_enough_tokens(widths, samples)
+    require_enough_tokens(widths, opened.features[: 2 * needed])
     assert tiny.HIDDEN < 128
+
+
+def test_a_text_that_comes_again_brings_no_tokens() -> None:
+    samples: list[Features] = [{"input_ids": [1, text, 2]} for text in (7, 7, 8, 7, 9, 9)]
+    assert [count_with_tokens(samples, tokens) for tokens in (0, 1, 3, 4, 6, 7, 9, 10)] == [0, 1, 1, 3, 3, 5, 5, 6]
+    assert count_with_tokens([], 5) == 0

@@ -11,14 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressors.models import ModelSource, load_model, resolve
+from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.quantization.even_channels import channel_factors, even_out_channels
 from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import bake, calibrate, in_float, prepare
+from compressors.settings import Settings
+from compressors.training.phases import Job
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from engines.reference import pytorch
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.progress import silent
 from tests.support import baked, tiny
 
 FEEDS = baked.feeds("bert", 8, 20, padding=5)
@@ -100,3 +104,16 @@ def test_weights_of_other_than_8_bits_are_left_alone(tmp_path: Path, spec: str) 
     model, source, plan = prepared(tmp_path, spec)
     even_out_channels(model, plan, source.family, source.config, [BATCH])
     assert all(layer.input_factors is None for layer in quant_linears(model).values())
+
+
+@pytest.mark.parametrize(("steps", "evened"), [(0, 2 * tiny.LAYERS), (2, 0)])
+def test_channels_are_evened_out_where_nothing_trains(tmp_path: Path, steps: int, evened: int) -> None:
+    model, source, plan = prepared(tmp_path)
+    bake(model, plan)
+    model.save_pretrained(source.path)  # type: ignore[operator]
+    train, _ = tiny.write_data(tmp_path)
+    chosen = Settings(steps=steps, precision="fp32", calibration_samples=16)
+    data = read_task_data(source, TaskDataRequest(TASKS["classification"], str(train)), load_tokenizer(source), chosen)
+    student = Job(source, data, plan, chosen, tmp_path / "work", silent).prepared()
+    found = [layer.input_factors for layer in quant_linears(student).values() if layer.input_factors is not None]
+    assert len(found) == evened

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from torch import nn
+from torch import Tensor, nn
 
 from compressors.models import load_model, load_tokenizer, resolve
+from compressors.pruning.layer_inputs import Batches, second_moments
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
-from compressors.search.plan_search import _enough, _Runs, _typical_batches, solver_of
+from compressors.search import sensitivity
+from compressors.search.plan_search import _enough, _Runs, _sized, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
 from compressors.search.plan_selection import Trial
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
-from compressors.training.task_data import TaskDataRequest, read_task_data
+from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import schedule
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
@@ -159,9 +161,48 @@ def test_a_search_for_another_recipe_has_another_table(desk: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("samples", "taken"), [(8, 13), (16, 16), (90, 40)])
 def test_weights_are_fitted_to_twice_as_many_tokens_as_the_widest_layer_reads_values(samples: int, taken: int) -> None:
-    sentences: list[Features] = [{"input_ids": [1] * 10, "attention_mask": [1] * 10, "labels": 0} for _ in range(40)]
-    layers = {"narrow": nn.Linear(8, 4), "wide": nn.Linear(64, 4)}  # 128 tokens: 13 sentences
-    assert len(_enough(sentences, SearchSettings(samples=samples), layers)) == taken
+    sentences: list[Features] = [{"input_ids": [number] * 10} for number in range(40)]  # 128 tokens: 13 sentences
+    assert len(_enough(sentences, SearchSettings(samples=samples), 64)) == taken
+
+
+@pytest.mark.parametrize("recipe", ["obs", "admm"])
+def test_the_table_is_made_from_as_many_tokens_as_refitting_needs(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    read = list[int]()
+
+    def watched(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> dict[str, Tensor]:
+        read.append(sum(int(batch["attention_mask"].sum()) for batch in batches))
+        return second_moments(model, layers, batches)
+
+    monkeypatch.setattr(sensitivity, "second_moments", watched)
+    search_plan(
+        desk / "dense",
+        task="classification",
+        train=str(desk / "train.tsv"),
+        out=tmp_path / "out",
+        settings=SearchSettings(samples=8, held_out=8, swaps=0, candidate_specs=("2:4+W4", "dense"), compression=0.5),
+        training=Settings(recipe=recipe, steps=2, threads=1),
+    )
+    enough = 2 * tiny.INTERMEDIATE
+    assert read
+    assert all(tokens >= enough for tokens in read) if recipe == "admm" else all(tokens < enough for tokens in read)
+
+
+def test_what_refitting_takes_is_taken_from_the_samples(tmp_path: Path) -> None:
+    """Of six matrices a block, four 32x32, one 64x32, one 32x64: an input has 40 values on average over the weights."""
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
+    sentences: list[Features] = [{"input_ids": [number] * 10} for number in range(4000)]
+    data, asked = TaskData(TASKS["classification"], sentences, [], 0, None), SearchSettings()
+    found = {
+        recipe: _sized(asked, source, data, recipe, 300_000).samples or 0 for recipe in ("obs", "admm", "obs-refit")
+    }
+    # Two passes over twice the 64 tokens that the widest needs, and 22 x 40 tokens for each of four options.
+    solving = (2 * 2 * 64 + 22 * 4 * 40) / 10
+    fewer = solving / asked.passes(2, 6)
+    assert fewer > 2
+    assert found["obs"] - found["admm"] == pytest.approx(fewer, abs=1)
+    assert found["obs-refit"] == found["admm"]
 
 
 def test_texts_too_short_to_fit_weights_to_are_refused_as_compression_refuses_them(desk: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from compressors.models import load_model
 from compressors.pruning import layer_inputs
 from compressors.pruning.layerwise import ADMM, MAGNITUDE, SECOND_ORDER, OutputMetric, Solver
 from compressors.search import sensitivity
-from compressors.search.sensitivity import Sensitivity, measure, read_sensitivities
+from compressors.search.sensitivity import Sensitivity, measure, read_sensitivities, write_sensitivities
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError, DataError
@@ -319,3 +319,11 @@ def test_inputs_are_quantized_to_the_integers_of_float32_whatever_the_model_comp
     codes = sensitivity._quantized(x, scale) / scale
     expected = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -128, 127) / scale
     torch.testing.assert_close(codes.round(), expected.round(), rtol=0, atol=0)
+
+
+def test_a_table_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity.csv"
+    file.mkdir()
+    with pytest.raises(ArtifactError, match=r"sensitivity.csv: cannot be written .* choose another place"):
+        write_sensitivities(file, [Sensitivity("a.weight", "W8", 0.5, 0.25)])
+    assert list(tmp_path.iterdir()) == [file]

@@ -121,6 +121,20 @@ def test_a_finished_phase_of_another_order_is_not_gone_on_from(
         compressed(home, tmp_path / "out")
 
 
+def test_a_damaged_result_of_a_phase_is_an_error_with_the_way_out(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compressed(home, tmp_path / "out", killed_at("qat", 0))
+    file = tmp_path / ".out.work" / "admm.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(
+        ArtifactError, match=r"admm.safetensors: cannot be read .* remove it, and the phase admm is tra"
+    ):
+        compressed(home, tmp_path / "out")
+    file.unlink()
+    compressed(home, tmp_path / "out")
+    assert not file.parent.exists()
+
+
 def test_work_of_before_this_was_written_down_is_refused_and_removing_it_helps(home: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         dense(home, tmp_path / "out", killed_at("dense", 3))

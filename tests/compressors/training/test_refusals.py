@@ -33,10 +33,14 @@ def test_training_still_wants_labels(prepared: Path, tmp_path: Path) -> None:
         )
 
 
-def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "copies"), [("admm", 1), ("obs-refit", 1), ("admm", 1000)])
+def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(
+    prepared: Path, tmp_path: Path, recipe: str, copies: int
+) -> None:
     header, first, *_ = (prepared / "train.tsv").read_text().splitlines()
-    (tmp_path / "few.tsv").write_text(f"{header}\n{first}\n")
-    with pytest.raises(DataError, match=r"the calibration texts have \d+ tokens, .* give about \d+ texts like these"):
+    (tmp_path / "few.tsv").write_text(f"{header}\n" + f"{first}\n" * copies)
+    said = r"the calibration texts have \d+ tokens, .* give about \d+ different texts like these \(1 were read\)"
+    with pytest.raises(DataError, match=said):
         compress(
             prepared / "dense",
             task="classification",
@@ -44,9 +48,10 @@ def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prep
             dev=str(prepared / "dev.tsv"),
             plan=plan_for(prepared / "dense", "2:4+W4"),
             out=tmp_path / "out",
-            settings=Settings(**{**FAST, "steps": 0, "recipe": "admm"}),
+            settings=Settings(**{**FAST, "steps": 0, "recipe": recipe}),
+            progress=lambda what, *_: pytest.fail(f"{what} was begun"),
         )
-    assert not (tmp_path / "out").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["few.tsv"]
 
 
 def test_a_directory_without_a_name_and_a_limit_of_no_samples_are_refused(

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from compressors.models import load_tokenizer, resolve
 from compressors.pruning.layer_inputs import second_moments
-from compressors.pruning.layerwise import ADMM, OutputMetric
-from compressors.quantization.fake_quant import quant_linears
+from compressors.pruning.layerwise import ADMM, OutputMetric, Solution
+from compressors.quantization.fake_quant import activation_quantizers, quant_linears
+from compressors.quantization.prepare_bake import calibrate
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.phases import Job
@@ -97,25 +98,54 @@ def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_
     assert (metrics.steps, metrics.qat_steps) == (0, 0)
     checkpoint = open_checkpoint(tmp_path / "checkpoint")
     checkpoint.require_valid()
-    source = resolve(prepared / "dense")
-    data = read_task_data(
-        source,
-        TaskDataRequest(task_named("classification"), str(prepared / "train.tsv")),
-        load_tokenizer(source),
-        Settings(**FAST),
-    )
-    settings = Settings(**{**FAST, "steps": 0, "recipe": "admm"})
-    job = Job(source, data, plan_for(prepared / "dense", spec), settings, tmp_path / "work", lambda *_: None)
+    for name, solution in solutions(job_of(prepared, tmp_path / "work", spec, steps=0)).items():
+        saved = torch.from_numpy(checkpoint.weight(name).copy())
+        # A pattern without bits is stored in 16 bit; scales are kept as logarithms in float32.
+        torch.testing.assert_close(saved, solution.weight, rtol=1e-3, atol=1e-6)
+
+
+def test_training_starts_from_what_no_rounding_has_moved(prepared: Path, tmp_path: Path) -> None:
+    """One step, so small that it changes nothing."""
+    job = job_of(prepared, tmp_path / "work", "2:4+W4", steps=1, learning_rate=1e-12, average=0.0)
+    student, facts = job.run()
+    assert facts.qat_steps == 1
+    for name, solution in solutions(job_of(prepared, tmp_path / "again", "2:4+W4", steps=1)).items():
+        layer = quant_linears(student)[name]
+        torch.testing.assert_close(layer.weight.detach(), solution.latent, rtol=1e-5, atol=1e-6)
+        assert solution.scale is not None
+        torch.testing.assert_close(layer.weight_scale, solution.scale)
+        assert float((solution.latent - solution.weight).abs().max()) > 1e-3
+
+
+def test_without_steps_ranges_are_those_of_the_compressed_model(prepared: Path, tmp_path: Path) -> None:
+    """Calibrating once more, with the weights as they are saved, changes none."""
+    job = job_of(prepared, tmp_path / "work", "2:4+W4", steps=0)
+    before = [quantizer.scale for quantizer in activation_quantizers(job.prepared())]
+    student, _ = job.run()
+    found = [quantizer.scale for quantizer in activation_quantizers(student)]
+    again = calibrate(student, job.calibration_batches(), job.settings.range_percentile)
+    torch.testing.assert_close(torch.cat(found), torch.tensor(again))
+    assert not torch.allclose(torch.cat(found), torch.cat(before)), "it had to be done again"
+
+
+def job_of(prepared: Path, work: Path, spec: str, **settings: Any) -> Job:
+    """A compression of the model `prepared` by layer-wise ADMM."""
+    source, chosen = resolve(prepared / "dense"), Settings(**{**FAST, "recipe": "admm", **settings})
+    request = TaskDataRequest(task_named("classification"), str(prepared / "train.tsv"))
+    data = read_task_data(source, request, load_tokenizer(source), chosen)
+    return Job(source, data, plan_for(prepared / "dense", spec), chosen, work, lambda *_: None)
+
+
+def solutions(job: Job) -> dict[str, Solution]:
+    """Those of every layer by itself, for the inputs that it has while no weight is rounded."""
     student = job.prepared()
     layers = quant_linears(student)
     for layer in layers.values():
-        layer.quantize_weight = False  # inputs are those that no rounded weight has changed
+        layer.quantize_weight = False
     hessians = second_moments(student, layers, job.calibration_batches())
-    for name, layer in layers.items():
-        expected = ADMM(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
-        saved = torch.from_numpy(checkpoint.weight(name).copy())
-        # A pattern without bits is stored in 16 bit; scales are kept as logarithms in float32.
-        torch.testing.assert_close(saved, expected.detach(), rtol=1e-3, atol=1e-6)
+    return {
+        name: ADMM(layer.weight.detach(), OutputMetric(hessians[name]), layer.spec) for name, layer in layers.items()
+    }
 
 
 @pytest.mark.parametrize("recipe", ["admm", "magnitude"])
@@ -143,7 +173,8 @@ def test_without_steps_text_alone_is_enough_and_gives_the_same_weights(
 
 
 def test_short_texts_are_calibrated_on_until_there_are_enough_tokens(prepared: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 40)
+    words = [f"{one} {other}" for one in tiny.WORDS[:10] for other in tiny.WORDS[:8]]
+    (tmp_path / "short.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t{len(text) % 2}\n" for text in words))
     source = resolve(prepared / "dense")
     request = TaskDataRequest(task_named("classification"), str(tmp_path / "short.tsv"))
     settings = Settings(**{**FAST, "calibration_samples": 8})
@@ -153,8 +184,9 @@ def test_short_texts_are_calibrated_on_until_there_are_enough_tokens(prepared: P
     def tokens(wanted: int) -> int:
         return sum(int(batch["attention_mask"].sum()) for batch in job.calibration_batches(wanted))
 
-    # three tokens a text
-    assert [tokens(0), tokens(24), tokens(25), tokens(64), tokens(10**6)] == [24, 24, 27, 66, 3 * len(job.train)]
+    # four tokens a text
+    assert [tokens(0), tokens(32), tokens(33), tokens(64), tokens(10**6)] == [32, 32, 36, 64, 4 * len(job.train)]
+    run(prepared, tmp_path / "checkpoint", recipe="admm", steps=0, calibration_samples=2)
 
 
 def test_a_single_group_is_trained_on_and_none_is_held_out(tmp_path: Path) -> None:

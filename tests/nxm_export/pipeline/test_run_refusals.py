@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nxm_export.graph import external_data
+from tests.support import tiny
 from tests.support.run_desk import Desk, refused
 
 
@@ -38,6 +39,17 @@ def test_more_text_that_cannot_be_used_is_refused(
 def _lines(file: Path, *lines: str) -> Path:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=str)
+def test_a_search_wants_labels_also_where_nothing_trains(desk: Desk, tmp_path: Path, more: list[str]) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head="classification", layers=1)
+    texts = _lines(tmp_path / "texts.tsv", "sentence", *["good film", "bad film"] * 40)
+    arguments = desk.arguments(tmp_path / "run", "--steps=0", *more, model=model, train=texts)
+    refused(desk.nxm(*arguments, "--search=0.8"), "none of the usual label columns")
+    assert not (tmp_path / "run").exists()
+    if more:
+        assert desk.nxm(*arguments).exit_code == 0, "without a search they are not needed"
 
 
 BAD_DATA: dict[str, tuple[list[str], str]] = {

@@ -206,6 +206,14 @@ class Settings:
         """Whether compression takes optimizer steps at all."""
         return self.recipe != "one-shot" and self.steps != 0
 
+    def require_dev(self, dev: str | None) -> None:
+        """Raise `DataError` where something is trained and no `dev` data say what came of it."""
+        if dev is None and self.trains:
+            raise DataError(
+                "without dev data nothing says what training did to the answers; give --dev (dev=...), or train "
+                "nothing: --steps 0 (Settings(steps=0))"
+            )
+
     def require_taught(self, option: str) -> None:
         """Raise `DataError` where no teacher answers the texts without labels that `option` brings."""
         if not self.trains or not self.distill or self.recipe == "paper":

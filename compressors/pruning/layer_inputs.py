@@ -80,8 +80,8 @@ def require_enough_tokens(widths: Mapping[str, int], samples: Iterable[Features]
         about = -(-_SPARE * needed * len(texts) // max(_SPARE * tokens - tokens, 1))
         raise DataError(
             f"the calibration texts have {tokens} tokens, {name} reads {needed} values, and needs at least as many "
-            f"tokens: give about {about} different texts like these ({len(texts)} were read), or choose --recipe obs "
-            "or magnitude"
+            f"tokens: give about {about} different texts like these ({len(texts)} were read); "
+            "--recipe obs takes fewer, and ends far from the dense model"
         )
 
 

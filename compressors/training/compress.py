@@ -141,7 +141,7 @@ def compress(
     *,
     task: str,
     train: str,
-    dev: str,
+    dev: str | None = None,
     plan: CompressionPlan,
     out: str | Path,
     settings: Settings = Settings(),
@@ -155,21 +155,29 @@ def compress(
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 
     `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Where nothing trains
-    (``steps=0``), `train` is calibration text and needs no labels. `more_text` has no labels; the dense model answers
-    it in training. Interrupted work resumes from `work_dir`. `outputs`
-    is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
+    (``steps=0``), `train` is calibration text and needs no labels, and without `dev` there is no score: how far answers
+    are from the dense model's is then measured on texts of `train` that are held out. `more_text` has no labels; the
+    dense model answers it in training. Interrupted work resumes from `work_dir`. `outputs` is as in `finetune`. Every
+    argument but `model` is by keyword, as a command line has it.
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model), task_named(task), Result.at(out, work_dir, outputs)
-    require_apart(result.directory, source.path, train, dev, *(more_text.files if more_text else ()), within=False)
+    read: list[str | Path] = [
+        source.path,
+        train,
+        *([] if dev is None else [dev]),
+        *(more_text.files if more_text else ()),
+    ]
+    require_apart(result.directory, *read, within=False)
     if more_text is not None:
         settings.require_taught("--more-text")
+    settings.require_dev(dev)
     _require_trainable(source, kind, settings, str(model))
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
-    request = TaskDataRequest(kind, train, dev, columns, train_limit, not settings.trains, more_text)
+    request = TaskDataRequest(kind, train, dev, columns, train_limit, not settings.trains, more_text, dev is None)
     data = read_task_data(source, request, tokenizer, settings)
-    if data.numbered:
+    if data.numbered and dev is not None:
         require_counted_alike(load_model(source, kind), data, dev)
     job = Job(source, data, plan, settings, result.work_dir, progress)
     with claimed(result.directory, result.work_dir) as scratch:
@@ -220,7 +228,8 @@ def _dev_logits(model: nn.Module, data: TaskData, progress: Progress) -> np.ndar
 
 
 def _scores(logits: np.ndarray, data: TaskData) -> Scores:
-    """The task metric of all dev samples, with its 95 % bootstrap interval, and the task's further metrics.
+    """The task metric of all dev samples, with its 95 % bootstrap interval, and the task's further metrics; none where
+    dev has no labels.
 
     Raises `DataError` where a model answers with what is no number: such a model is never saved.
     """
@@ -232,6 +241,8 @@ def _scores(logits: np.ndarray, data: TaskData) -> Scores:
             f"sample {broken[0] + 1}), so nothing is saved; look for NaN in the model that came in, or for numbers "
             "that float16 cannot hold"
         )
+    if not data.dev_labelled:
+        return Scores(metric=task.metric, value=None, interval=None, dev_samples=len(data.dev), dev_labelled=False)
     scored = ScoredOutputs(logits, label_array(data.dev), data.classes or (), group_array(data.dev))
     return Scores(
         metric=task.metric,
@@ -251,10 +262,10 @@ class _EmbeddingCost:
 
 
 def _embedding_cost(model: nn.Module, logits: np.ndarray, data: TaskData, progress: Progress) -> _EmbeddingCost | None:
-    """What rounding the embedding table costs by itself, None where it is not planned INT8: the dev metric of the same
-    weights with the float table minus that of the `logits` with the rounded one."""
+    """What rounding the embedding table costs by itself, None where it is not planned INT8 or nothing is scored: the
+    dev metric of the same weights with the float table minus that of the `logits` with the rounded one."""
     embeddings = quant_embeddings(model)
-    if not embeddings:
+    if not embeddings or not data.dev_labelled:
         return None
     for embedding in embeddings:
         embedding.rounds = False

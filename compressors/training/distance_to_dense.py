@@ -3,6 +3,8 @@ the score, which on few samples moves too little to show it."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ from compressors.training.output_divergence import divergence
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.checkpoint_metrics import DistanceToDense, Measure, finite
 from nxm_export.data.answer_spans import Window
-from nxm_export.data.features import group_array, label_array, members
+from nxm_export.data.features import filled, group_array, label_array, members
 from nxm_export.data.metrics import ScoredOutputs
 from nxm_export.data.predictions import of_spans
 from nxm_export.data.token_labels import NO_LABEL
@@ -27,8 +29,13 @@ def distance_to_dense(dense: np.ndarray, compressed: np.ndarray, data: TaskData)
     total = sum(divergence(torch.from_numpy(one)[None], torch.from_numpy(other)[None], kind) for one, other in pairs)
     count = sum(len(one) for one, _ in pairs) if dense.ndim == 3 and kind != "span" else len(pairs)
     comparable = bool(np.isfinite(dense).all() and np.isfinite(compressed).all())
+    score = math.nan
+    if data.dev_labelled:
+        score = ScoredOutputs(dense, labels, data.classes or (), groups).value(data.task.metric)
+    elif dense.ndim == 3 and kind != "span":  # of tokens without labels, all that are there count
+        labels = filled([np.zeros(length, np.int64) for length in lengths if length is not None], NO_LABEL)
     return DistanceToDense(
-        dense_value=finite(ScoredOutputs(dense, labels, data.classes or (), groups).value(data.task.metric)),
+        dense_value=finite(score),
         distance_to_dense=finite(total / count),
         distance_measure=_MEASURES.get(kind, "kl"),
         same_answers=_same_answers(dense, compressed, kind, labels, groups) if comparable else None,

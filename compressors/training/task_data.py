@@ -15,7 +15,7 @@ from nxm_export.contract.records.checkpoint_metrics import MoreTextFacts
 from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, RawExamples, encode, index_of
-from nxm_export.data.features import Features, Label
+from nxm_export.data.features import Features, Label, split_indices
 from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled, unlabelled
 from nxm_export.data.more_text import MoreText, read_more_text, text_hash
 from nxm_export.data.question_answering import answering
@@ -28,7 +28,7 @@ from nxm_export.hf.protocols import FastTokenizer
 class TaskDataRequest:
     """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of
     train; what else is trained on, without labels. Train may be `texts_alone` where nothing learns from labels: samples
-    without one then have NaN."""
+    without one then have NaN. `holds_out`: without dev, samples of train stand in its place, without their labels."""
 
     task: Task
     train: str
@@ -37,13 +37,15 @@ class TaskDataRequest:
     train_limit: int | None = None
     texts_alone: bool = False
     more_text: MoreText | None = None
+    holds_out: bool = False
 
 
 @dataclass(frozen=True)
 class TaskData:
     """Training and evaluation data of one task, tokenized. `numbered`: labels are numbers, which are taken for indices
     of the head's `classes`. `no_answer_threshold` is what the model's contract will say
-    (`nxm_export.contract.no_answer`). `more_text` are samples without labels."""
+    (`nxm_export.contract.no_answer`). `more_text` are samples without labels. `dev_labelled`: answers to dev can be
+    scored."""
 
     task: Task
     train: list[Features]
@@ -54,6 +56,7 @@ class TaskData:
     no_answer_threshold: float | None = None
     more_text: Sequence[Features] = ()
     more_text_facts: MoreTextFacts | None = None
+    dev_labelled: bool = True
 
     @property
     def more_share(self) -> float:
@@ -120,9 +123,12 @@ def read_task_data(
     if blank and LABELS[task.label].per_token:
         train = [_without_label(sample, []) for sample in train]
     held_out = [] if scored is None else tokens(scored)
+    if scored is None and request.holds_out:
+        train, held_out = _held_out(train, raw.source, settings.seed)
     names = None if classes is None else list(classes.names)
     numbered = any(found is not None and found.numbered for found in (classes, dev_classes))
-    data = TaskData(task, train, held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold, more, facts)
+    pad_id = int(tokenizer.pad_token_id or 0)
+    data = TaskData(task, train, held_out, pad_id, names, numbered, threshold, more, facts, not request.holds_out)
     _require_rows(source, data, tokenizer)
     return data
 
@@ -137,7 +143,23 @@ def _score_activation(source: ModelSource) -> str | None:
     return None if name in ("", "Identity") else name
 
 
-def _without_label(sample: Features, like: Label) -> Features:
+_MOST_HELD_OUT = 512  # as many as tell divergences apart; the rest is for calibration
+
+
+def _held_out(train: list[Features], source: str, seed: int) -> tuple[list[Features], list[Features]]:
+    """(the samples that are left, those that answers are compared on), the latter without labels: a tenth, and at most
+    `_MOST_HELD_OUT` and what completes their last group."""
+    picked, left = split_indices(train, min(max(len(train) // 10, 1), _MOST_HELD_OUT), seed)
+    if not left:
+        raise DataError(f"{source}: one text is too little: without dev data some are held out; give more")
+    notice(
+        f"without dev data there is no score; how far answers are from the dense model's is measured on {len(picked)} "
+        f"samples of {source}, which say too little where the model was trained on them"
+    )
+    return [train[i] for i in left], [_without_label(train[i], train[i]["labels"]) for i in picked]
+
+
+def _without_label(sample: Features, like: Label | str) -> Features:
     """A sample of more text, with what stands for no label in place of one `like` those of the task."""
     label = sample["labels"]
     return {**sample, "labels": label if isinstance(label, str) else without_label(like, len(sample["input_ids"]))}

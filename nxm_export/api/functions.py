@@ -164,7 +164,7 @@ def compress(
     model: str | Path,
     *,
     train: str | Path,
-    dev: str | Path,
+    dev: str | Path | None = None,
     out: str | Path,
     task: str = TASK,
     pattern: str | NMPattern | Default | None = DEFAULT,
@@ -181,7 +181,8 @@ def compress(
     """Compress a model (a directory or hub id) to the checkpoint directory `out`, fine-tuning it first where it has no
     head.
 
-    `train` and `dev` are data files (docs/tasks.md). Every weight gets `pattern` (N kept of every M, by default 2:4;
+    `train` and `dev` are data files (docs/tasks.md). Without training (``Settings(steps=0)``) `train` needs no labels,
+    and `dev` may be left out: then nothing is scored. Every weight gets `pattern` (N kept of every M, by default 2:4;
     None: dense) and `weight_bits` (2 to 8, by default 8; None: unquantized) with INT8 inputs, or what a `plan` or its
     file says, which stands instead of pattern, bits and `options`. `settings` say how to train; `more_text` names files
     without labels, which the dense model answers in training. Raises `DataError`,

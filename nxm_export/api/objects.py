@@ -52,7 +52,7 @@ class Model(Generic[P_co]):
         self,
         train: str | Path,
         *,
-        dev: str | Path,
+        dev: str | Path | None = None,
         out: str | Path,
         pattern: str | NMPattern | Default | None = DEFAULT,
         weight_bits: int | Default | None = DEFAULT,

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, Inspection
 
 # What `nxm inspect` shows without --all: no hashes and names of formats, notes of a graph as long as two lines.
-_UNASKED_METRICS = ("schema", "kind", "mask_hash", "qat_steps", "held_out_samples", "average", "distance_measure")
+_UNASKED_METRICS = {
+    "schema",
+    "kind",
+    "mask_hash",
+    "qat_steps",
+    "held_out_samples",
+    "average",
+    "distance_measure",
+    "dev_labelled",
+}
 _IN_FIRST_LINE = ("model_type", "task", "weight_bytes")  # of a checkpoint
 _UNASKED_NOTES = ("nxm.schema", "nxm.weights", "nxm.gelu", "nxm.lowering", "nxm.precision_overrides")
 _NOTE, _NOTES = 100, 6

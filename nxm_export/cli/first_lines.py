@@ -22,14 +22,21 @@ if TYPE_CHECKING:
 def of_compression(metrics: CompressionMetrics) -> str:
     """What the compressed checkpoint scores, and how far its answers are from the dense model's. Whether the scores
     differ, `nxm run` says, with a paired interval."""
+    if not metrics.dev_labelled:
+        return f"Compressed: {_apart(metrics)} on {metrics.dev_samples} texts without labels, so there is no score."
     low, high = metrics.interval or (None, None)
     interval = "no interval" if low is None or high is None else f"{low:.4f} to {high:.4f}, 95 %"
     score = f"Compressed: {metrics.metric} {score_text(metrics.value)} ({interval}) on {metrics.dev_samples} samples."
     if metrics.distance_measure is None:
         return score
+    return f"{score}\nDense: {metrics.metric} {score_text(metrics.dense_value)}; {_apart(metrics)}."
+
+
+def _apart(metrics: CompressionMetrics) -> str:
+    """How far the answers are from the dense model's."""
+    assert metrics.distance_measure is not None
     same = "" if metrics.same_answers is None else f"{share_text(metrics.same_answers)} of the answers are the same, "
-    apart = _DISTANCES[metrics.distance_measure].format(score_text(metrics.distance_to_dense))
-    return f"{score}\nDense: {metrics.metric} {score_text(metrics.dense_value)}; {same}{apart}."
+    return same + _DISTANCES[metrics.distance_measure].format(score_text(metrics.distance_to_dense))
 
 
 _DISTANCES: dict[Measure, str] = {

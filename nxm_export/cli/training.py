@@ -249,10 +249,11 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     from nxm_export.pipeline.run import compress_model
 
     options = typed(_PlanAndData, values)
-    if not options.train or not options.dev:
-        raise click.UsageError("missing --train or --dev")
+    settings = settings_of(Settings, values)
+    if not options.train or (settings.trains and not options.dev):
+        raise click.UsageError("missing --train or --dev; only --steps 0 does without --dev")
     require_plan_alone(plan_file, given_options(_OF_PLANS))
-    request = _request(model, options, settings_of(Settings, values))
+    request = _request(model, options, settings)
     head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
@@ -401,11 +402,10 @@ def _require_run_usage(demo: bool, options: _RunOptions, data: _PlanAndData) -> 
 
 
 def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
-    """What ``nxm run`` and ``nxm compress`` were asked; both have made sure of train and dev data."""
+    """What ``nxm run`` and ``nxm compress`` were asked; both have made sure of train data."""
     from nxm_export.pipeline.request import Request
 
     assert options.train
-    assert options.dev
     of_placement = click.get_current_context().get_parameter_source("placement")
     return Request(
         model=model,

@@ -57,5 +57,5 @@ def require_more_text(request: Request, source: ModelSource) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)
         train = load_labelled(request.train, "train", request.columns, task)
-        dev = load_labelled(request.dev, "dev", request.columns, task)
+        dev = load_labelled(request.scored_on, "dev", request.columns, task)
         read_more_text(request.more_text, request.columns, task, train, dev)

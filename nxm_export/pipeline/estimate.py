@@ -156,7 +156,7 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
     head = source.classes() if fits else None
     texts_alone = fits and not request.settings.trains
     train = load_labelled(request.train, "train", request.columns, task, head, texts_alone=texts_alone)
-    dev = load_labelled(request.dev, "dev", request.columns, task, head)
+    dev = load_labelled(request.scored_on, "dev", request.columns, task, head)
     classes = None
     if has_labels(train) or not texts_alone:
         classes = classes_of(train, task, head)

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 class Request:
     """What to run: a model (directory or hub id), a task, its data, how to compress and how to train.
 
-    `more_text` has no labels. `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized.
-    `weights_stored` is that of the graphs, where their target can have it. `planned`: the plan comes from elsewhere,
-    and `spec` is not used (`PlanChoice`). `backends` are those whose engines are built and of which the fastest is kept
-    (see `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only
-    quantized weights can have, where they are not, and for weights stored as INT4 that have more bits; `DataError` for
-    a limit below 1.
+    `dev` may be None where nothing is trained, and nothing is scored then. `more_text` has no labels. `placement` None
+    is ``inputs-outputs``, or ``inputs`` where weights are not quantized. `weights_stored` is that of the graphs, where
+    their target can have it. `planned`: the plan comes from elsewhere, and `spec` is not used (`PlanChoice`).
+    `backends` are those whose engines are built and of which the fastest is kept (see
+    `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only quantized
+    weights can have, where they are not, and for weights stored as INT4 that have more bits; `DataError` for a limit
+    below 1.
     """
 
     model: str
     task: str
     train: str
-    dev: str
+    dev: str | None
     spec: WeightSpec
     settings: Settings
     columns: Columns = Columns()
@@ -48,6 +49,7 @@ class Request:
     backends: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self.settings.require_dev(self.dev)
         if self.more_text is not None:
             self.settings.require_taught("--more-text")
         if self.train_limit is not None and self.train_limit < 1:
@@ -72,6 +74,13 @@ class Request:
                 f"{' and '.join(dropped)}: activations are quantized only where weights are, and these weights are "
                 "not; give weight bits, or leave that out"
             )
+
+    @property
+    def scored_on(self) -> str:
+        """The dev data, where something has to be scored; raises `DataError` without."""
+        if self.dev is None:
+            raise DataError(f"{self.model}: dev data are missing, on which it is scored; give --dev (dev=...)")
+        return self.dev
 
     def uniform_plan(self, source: ModelSource) -> CompressionPlan:
         """The plan that gives every matrix of a model the same `spec`, but for those that are kept dense."""

@@ -82,7 +82,7 @@ def run(
         engines = engines_of(backends, kind_of(plan), graphs)
         drop_others(directory, engines, graphs)
         built = build_engines(directory, engines, progress)
-        features = features_of(directory.path("onnx", "cpu"), request.dev, request.columns)
+        features = features_of(directory.path("onnx", "cpu"), request.scored_on, request.columns)
         built = compare_built(directory, engines, built, features, progress)
         running = [engine for engine in engines if engine.name in built.compared]
         bench_built(directory, running, progress)
@@ -119,7 +119,8 @@ def compress_model(
     source = resolve(request.model, request.revision)
     files = [] if plan is None or isinstance(plan, CompressionPlan) else [plan]
     files += request.more_text.files if request.more_text else ()
-    require_apart(out, source.path, request.train, request.dev, *files, within=False)
+    files += [] if request.dev is None else [request.dev]
+    require_apart(out, source.path, request.train, *files, within=False)
     plan = first_plan(request, source, plan)
     require_more_text(request, source)
     model = source.path
@@ -277,7 +278,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
             work_dir=directory.path("work", "dense"),
             task=request.task,
             train=request.train,
-            dev=request.dev,
+            dev=request.scored_on,
             columns=request.columns,
             train_limit=request.train_limit,
             progress=progress,
@@ -295,7 +296,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
 
 def _data(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
     """(files of data, which are hashed; options of data, among them the names of data that is no file)."""
-    files, names = _split({"train": request.train, "dev": request.dev})
+    files, names = _split({"train": request.train, "dev": request.scored_on})
     return files, {**names, "train_limit": request.train_limit, "columns": asdict(request.columns)}
 
 

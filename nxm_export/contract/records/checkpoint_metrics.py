@@ -42,7 +42,8 @@ class Scores:
     """The task's metric on all dev samples.
 
     `value` with its 95 % bootstrap `interval`, the task's `secondary_metrics` by name, and the number of dev samples,
-    or of groups of them where groups are what is scored.
+    or of groups of them where groups are what is scored. Not `dev_labelled` are texts that were held out of
+    calibration, where nothing is trained and there are no dev data: nothing is scored on them.
     """
 
     metric: str
@@ -50,6 +51,7 @@ class Scores:
     interval: tuple[float, float] | None
     dev_samples: int
     secondary_metrics: Mapping[str, float | None] = field(default_factory=dict)
+    dev_labelled: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

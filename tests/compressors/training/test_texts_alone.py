@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from compressors.training.compress import compress, finetune
 from compressors.training.task_data import TaskDataRequest, read_task_data
 from nxm_export.contract.no_answer import THRESHOLD_KEY
 from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.records.checkpoint_metrics import read_metrics
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.answer_spans import Window
-from nxm_export.data.features import label_array
+from nxm_export.data.features import label_array, split_indices
 from nxm_export.errors import DataError
 from tests.support import tiny
 
@@ -114,3 +116,60 @@ def test_tags_that_are_there_are_read_and_training_needs_labels(tmp_path: Path) 
         read_task_data(
             source, TaskDataRequest(task, str(texts), str(dev), texts_alone=True), load_tokenizer(source), SETTINGS
         )
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_without_dev_answers_are_compared_on_texts_that_calibration_does_not_see(task: str, tmp_path: Path) -> None:
+    dense = tiny.write_model("bert", tmp_path / "dense", head=task, layers=1)
+    train, _ = tiny.write_data(tmp_path, task)
+    source, kind = resolve(dense), TASKS[task]
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"))
+    with pytest.warns(match="without dev data there is no score"):
+        metrics = compress(dense, task=task, train=str(train), plan=plan, out=tmp_path / "out", settings=SETTINGS)
+    assert (metrics.value, metrics.interval, metrics.dense_value) == (None, None, None)
+    assert not metrics.dev_labelled
+    assert not metrics.secondary_metrics
+    assert metrics.distance_to_dense is not None
+    assert (metrics.same_answers is None) == (kind.output_kind in ("identity", "vector"))
+    assert read_metrics(tmp_path / "out") == metrics
+    tokenizer, whole = load_tokenizer(source), TaskDataRequest(kind, str(train))
+    with pytest.warns(match="no score"):
+        split = read_task_data(source, replace(whole, texts_alone=True, holds_out=True), tokenizer, SETTINGS)
+    samples = read_task_data(source, whole, tokenizer, SETTINGS).train
+    assert metrics.dev_samples == len(split.dev)
+    assert 0 < len(split.dev) <= len(samples) / 5
+    read = sorted(sample["input_ids"] for sample in (*split.train, *split.dev))
+    assert read == sorted(sample["input_ids"] for sample in samples)
+
+
+def test_the_distance_without_dev_is_that_to_the_same_texts_as_dev(tmp_path: Path) -> None:
+    dense = tiny.write_model("bert", tmp_path / "dense", head="classification", layers=1)
+    train, _ = tiny.write_data(tmp_path, "classification")
+    source = resolve(dense)
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"))
+    header, *rows = train.read_text().splitlines(keepends=True)
+    picked, left = split_indices([{"input_ids": []}] * len(rows), len(rows) // 10, SETTINGS.seed)
+    for name, indices in (("rest", left), ("held_out", picked)):
+        (tmp_path / f"{name}.tsv").write_text(header + "".join(rows[i] for i in indices))
+    files = {"train": str(tmp_path / "rest.tsv"), "dev": str(tmp_path / "held_out.tsv")}
+    ours = compress(dense, task="classification", train=str(train), plan=plan, out=tmp_path / "a", settings=SETTINGS)
+    theirs = compress(dense, task="classification", **files, plan=plan, out=tmp_path / "b", settings=SETTINGS)
+    assert theirs.value is not None
+    assert (ours.distance_to_dense, ours.same_answers) == (theirs.distance_to_dense, theirs.same_answers)
+    for name in ("model.safetensors", "nxm_scales.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_what_cannot_do_without_dev_says_so(tmp_path: Path) -> None:
+    dense = tiny.write_model("bert", tmp_path / "dense", head="classification", layers=1)
+    train, _ = tiny.write_data(tmp_path, "classification")
+    with pytest.raises(DataError, match=r"give --dev .* or train nothing"):
+        nxm.compress(dense, train=train, out=tmp_path / "out", settings=Settings(steps=2))
+    headless = tiny.write_model("bert", tmp_path / "headless", layers=1)
+    with pytest.raises(DataError, match="dev data are missing"):
+        nxm.compress(headless, train=train, out=tmp_path / "out", settings=SETTINGS)
+    one = tmp_path / "one.tsv"
+    one.write_text("sentence\nA fine film.\n")
+    with pytest.raises(DataError, match="one text is too little"):
+        nxm.compress(dense, train=one, out=tmp_path / "out", settings=SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "dev.tsv", "headless", "one.tsv", "train.tsv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from nxm_export.contract.records.checkpoint_metrics import (
 )
 from nxm_export.contract.records.speedup import Speedup
 from nxm_export.pipeline.environment import missing_for
+from tests.support import tiny
 
 
 def nxm(*arguments: object, code: int = 0) -> Result:
@@ -142,3 +144,18 @@ def test_a_compression_says_how_far_it_is_from_the_dense_model(to_dense: Distanc
         scores, facts, to_dense, embedding_table_drop=None, embedding_table_drop_interval=None
     )
     assert of_compression(metrics) == f"Compressed: accuracy 0.5000 (no interval) on 8 samples.{said}"
+
+
+def test_without_dev_the_first_line_has_the_distance_alone(tmp_path: Path) -> None:
+    dense = tiny.write_model("bert", tmp_path / "dense", head="classification", layers=1)
+    train, _ = tiny.write_data(tmp_path, "classification")
+    command = ("compress", dense, "--train", train, "--out", tmp_path / "out")
+    line = first_line(*command, "--steps", 0)
+    assert re.fullmatch(
+        r"Compressed: [\d.]+% of the answers are the same, KL\(dense \|\| compressed\) [\d.e-]+ nats on \d+ texts "
+        r"without labels, so there is no score\.",
+        line,
+    )
+    assert first_line("inspect", tmp_path / "out").startswith("A compressed checkpoint: ")
+    said = nxm(*command, code=2).stderr
+    assert "only --steps 0 does without --dev" in said

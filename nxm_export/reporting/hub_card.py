@@ -99,6 +99,7 @@ def render(source: Path, origins: Origins = Origins()) -> str:
     samples = run.figure("dev_samples") or (engine.parity.figure("samples") if engine and engine.parity else None)
     samples = samples or (run.compressed.figure("dev_samples") if run.compressed else None)
     counted = [(counting, compression(run, counting), COUNTED[counting]) for counting in COUNTINGS]
+    scored = compressed_value(run)
     return (
         _environment()
         .get_template("card.md.j2")
@@ -111,9 +112,9 @@ def render(source: Path, origins: Origins = Origins()) -> str:
             labels=run.spec.labels if run.spec else (),
             max_length=run.spec.max_length if run.spec else None,
             options=_options(run, engine),
-            metric=metric(run) if compressed_value(run) else None,
+            metric=metric(run) if scored is not None and scored.value is not None else None,
             dense=_text(dense_value(run), "score"),
-            compressed=_text(compressed_value(run), "score"),
+            compressed=_text(scored, "score"),
             low=_text(low, "signed"),
             high=_text(high, "signed"),
             samples=_text(samples, "general"),
@@ -280,6 +281,8 @@ def _unknown(run: Run) -> Iterator[str]:
     yield "intended uses, limits and biases: compression keeps those of the base model, and may change them"
     if dense_value(run) is None or run.figure("difference_interval", 0) is None:
         yield "how far it is from the dense model: there is no paired comparison with it"
+    if run.compressed is not None and not run.compressed.content.dev_labelled:
+        yield "how accurate it is: there were no labelled data to score it on"
     if not any(engine.parity for engine in run.engines):
         yield "whether the engine computes what its checkpoint computes: it was not compared"
     if not (run.benches or run.summary):

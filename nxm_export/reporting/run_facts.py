@@ -225,6 +225,7 @@ def read_checkpoint(directory: Path) -> Run:
         model_type=str(checkpoint.config["model_type"]),
         spec=IOSpec.of(directory, checkpoint.config, checkpoint.family, TASKS[task]) if task else None,
         plan=checkpoint.plan,
+        matrices=tuple(matrices(directory, checkpoint, {}, None)),
         files=files.hashes,
         doubts=tuple(files.doubts),
     )

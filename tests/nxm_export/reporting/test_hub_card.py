@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,17 @@ import yaml
 from click.testing import CliRunner
 
 from nxm_export.cli import main
-from nxm_export.contract.records.checkpoint_metrics import read_metrics
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.records.checkpoint_metrics import (
+    METRICS_FILE,
+    CompressionMetrics,
+    read_metrics,
+    read_metrics_of,
+)
 from nxm_export.errors import ArtifactError
 from nxm_export.reporting import card
 from nxm_export.reporting.hub_card import markdown
-from nxm_export.storage.json_files import as_objects, entry_at
+from nxm_export.storage.json_files import as_objects, encode, entry_at
 
 pytestmark = pytest.mark.slow  # a whole run is made for them
 
@@ -91,6 +98,20 @@ def test_the_card_of_a_checkpoint_has_its_plan_and_its_metrics(finished: Path, t
     assert "nxm export CHECKPOINT" in text
     assert "with backend(" not in text
     assert "it was not compared" in text
+    matrices = len(open_checkpoint(finished / "checkpoint").plan.weights)
+    assert "**Sparse: planned; stored not checked.**" in text
+    assert f"planned N:M: {matrices} of {matrices} matrices" in text
+
+
+def test_a_checkpoint_that_nothing_scored_has_no_score(finished: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(finished / "checkpoint", tmp_path / "checkpoint")
+    metrics = read_metrics_of(CompressionMetrics, checkpoint)
+    unscored = replace(metrics, value=None, interval=None, dense_value=None, secondary_metrics={}, dev_labelled=False)
+    (checkpoint / METRICS_FILE).write_text(encode(unscored.to_dict()), encoding="utf-8")
+    text = card(checkpoint, tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "## Evaluation" not in text
+    assert "model-index" not in front_matter(text)
+    assert "how accurate it is: there were no labelled data to score it on" in text
 
 
 def test_what_the_command_proposes_to_upload_is_the_card_alone(finished: Path, tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ SHOWN = (
         "a pattern and width per matrix, searched for 87.5 % by `obs`, with the last step's weights",
     ),
     Shown("MPNet-base", "admm-2:4+W4-averaged", "2:4, 4-bit weights"),
+    Shown("MPNet-base", "paper-2:4+W4", "2:4, 4-bit weights, by the paper's recipe"),
+    Shown("MPNet-base", "admm-2:4+W4-untrained", "2:4, 4-bit weights, without training"),
+    Shown("MPNet-base", "admm-2:4+W8-untrained", "2:4, 8-bit weights, without training"),
     Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights, by `obs`, with the last step's weights"),
 )
 

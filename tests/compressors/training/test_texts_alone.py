@@ -151,9 +151,10 @@ def test_the_distance_without_dev_is_that_to_the_same_texts_as_dev(tmp_path: Pat
     picked, left = split_indices([{"input_ids": []}] * len(rows), len(rows) // 10, SETTINGS.seed)
     for name, indices in (("rest", left), ("held_out", picked)):
         (tmp_path / f"{name}.tsv").write_text(header + "".join(rows[i] for i in indices))
-    files = {"train": str(tmp_path / "rest.tsv"), "dev": str(tmp_path / "held_out.tsv")}
-    ours = compress(dense, task="classification", train=str(train), plan=plan, out=tmp_path / "a", settings=SETTINGS)
-    theirs = compress(dense, task="classification", **files, plan=plan, out=tmp_path / "b", settings=SETTINGS)
+    rest, held_out = (str(tmp_path / f"{name}.tsv") for name in ("rest", "held_out"))
+    task, out = "classification", tmp_path / "b"
+    ours = compress(dense, task=task, train=str(train), plan=plan, out=tmp_path / "a", settings=SETTINGS)
+    theirs = compress(dense, task=task, train=rest, dev=held_out, plan=plan, out=out, settings=SETTINGS)
     assert theirs.value is not None
     assert (ours.distance_to_dense, ours.same_answers) == (theirs.distance_to_dense, theirs.same_answers)
     for name in ("model.safetensors", "nxm_scales.safetensors"):

@@ -119,7 +119,7 @@ def test_every_way_to_train_runs_to_its_end(
     made = tiny_checkpoint("bert").parent
     names = ("default", "rounds", "free masks", "carried duals", "distorted, 2e-4")
     data = ["--train", str(made / "train.tsv"), "--dev", str(made / "dev.tsv"), "--max-length", "48"]
-    more = ["--steps", "5", "--threads", "1", "--variants", ";".join(names)]
+    more = ["--steps", "8", "--epochs", "2", "--threads", "1", "--variants", ";".join(names)]
     monkeypatch.setattr(sys, "argv", ["ablation", str(made / "dense"), *data, *more])
     training_variants.main()
     printed = capsys.readouterr().out.splitlines()

@@ -107,7 +107,7 @@ class VariantJob(Job):
             assert layer.spec.pattern is not None
             kept = nm_mask(layer.weight.detach().abs(), layer.spec.pattern)
             moved += float((kept & ~mask).sum() / mask.sum()) / len(before)
-            layer.start_from(layer.weight.detach().clone(), kept, layer.weight_scale)
+            layer.start_from(layer.weight.detach() * kept, kept, layer.weight_scale)
         cosine = sum(schedule.cosines.values()) / max(len(schedule.cosines), 1)
         print(
             f"kept weights that moved: {100 * moved:.2f} %; mean cosine of dual and gradient: {cosine:.3f}", flush=True

@@ -291,11 +291,7 @@ DATA_OPTIONS = options(
         metavar="FILE",
         help="TSV, CSV, JSON, Parquet, CoNLL or SQuAD, .gz or not, or a GLUE task.",
     ),
-    click.option(
-        "--dev",
-        metavar="FILE",
-        help="Held-out data, or the same GLUE task name. `nxm compress --steps 0` does without.",
-    ),
+    click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     LABELLED_COLUMN_OPTIONS,
     TRAIN_LIMIT_OPTION,
     MORE_TEXT_OPTIONS,

@@ -243,7 +243,8 @@ def show(run_directory: Path, everything: bool, json: bool) -> None:
 def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values: object) -> None:
     """Compress a model, fine-tuning it first where that is needed.
 
-    MODEL is a directory or hub id. It is fine-tuned where it has no head for the task.
+    MODEL is a directory or hub id. It is fine-tuned where it has no head for the task. With --steps 0, --train needs no
+    labels, and without --dev nothing is scored.
     """
     from nxm_export.pipeline.plan_choice import require_plan_alone
     from nxm_export.pipeline.run import compress_model

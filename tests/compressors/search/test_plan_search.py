@@ -1,22 +1,17 @@
-"""``nxm search`` from the command line: what it writes, what can be done with it, what it refuses, and being killed."""
+"""``nxm search`` from the command line: what it writes, what can be done with it, and what it refuses."""
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from compressors.models import load_model, load_tokenizer, resolve
@@ -30,7 +25,6 @@ from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import schedule
-from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan, WeightSpec
@@ -38,31 +32,9 @@ from nxm_export.contract.records.latency_table import LatencySource, LatencyTabl
 from nxm_export.contract.records.search_result import read_search_result
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.features import Features
+from tests.compressors.search.commands import QUICK, nxm, search
 from tests.support import tiny
 from tests.support.variants import variants
-
-QUICK = ("--samples", "24", "--held-out", "24", "--swaps", "6", "--compression", "0.85", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
-    """A directory with a trained ``dense`` model and its ``train.tsv`` and ``dev.tsv``."""
-    made = tiny_checkpoint("bert").parent
-    home = tmp_path_factory.mktemp("search")
-    shutil.copytree(made / "dense", home / "dense")
-    for name in ("train.tsv", "dev.tsv"):
-        shutil.copyfile(made / name, home / name)
-    return home
-
-
-def nxm(*arguments: str | Path) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def search(desk: Path, out: Path, *options: str, quick: tuple[str, ...] = QUICK) -> Result:
-    return nxm("search", desk / "dense", "--train", desk / "train.tsv", "--out", out, *quick, *options)
 
 
 @pytest.fixture(scope="module")
@@ -478,77 +450,3 @@ def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(
     shutil.copytree(searched, tmp_path / "again")
     assert search(desk, tmp_path / "again", "--compression", "0.8", "--swaps", "0").exit_code == 0
     assert json.loads((tmp_path / "again" / "search.json").read_text())["budget"]["compression"] == 0.8
-
-
-KILLED = """
-import os, signal, sys
-from compressors.search.plan_search import search
-from compressors.search.settings import SearchSettings
-from compressors.settings import Settings
-
-def progress(what, done, total):
-    if what == sys.argv[3] and done == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-search(sys.argv[1] + "/dense", task="classification", train=sys.argv[1] + "/train.tsv", out=sys.argv[2],
-       settings=SearchSettings(samples=24, held_out=24, swaps=6, compression=0.85),
-       training=Settings(seed=0, threads=1), progress=progress)
-"""
-
-
-def test_a_killed_search_goes_on_with_what_it_measured(
-    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from compressors.search import sensitivity
-
-    out, measured = tmp_path / "out", list[int]()
-    command = [sys.executable, "-c", KILLED, str(desk), str(out), "sensitivity"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    assert not out.exists()
-    part = sensitivity.read_sensitivities(tmp_path / ".out.work" / "sensitivity-0.csv")
-    assert {entry.weight.split(".")[3] for entry in part} == {"0"}, "the first block is on disk"
-    plain = sensitivity._measure_block
-
-    def counting(*arguments: Any) -> Any:
-        measured.append(arguments[-1])
-        return plain(*arguments)
-
-    monkeypatch.setattr(sensitivity, "_measure_block", counting)
-    assert search(desk, out).exit_code == 0
-    assert measured == [1], "block 0 is not measured again"
-    assert json.loads((out / "search.json").read_text())["cost"]["resumed"]
-    assert search(desk, tmp_path / "whole").exit_code == 0
-    for name in ("sensitivity.csv", "trials.csv", "plan.json"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda text: re.sub(r",[^,]+,([^,]+)$", r",nan,\1", text.rstrip()) + "\r\n", "kl nan"),
-        (lambda text: text[:-15], "its last line is torn"),
-    ],
-)
-def test_a_spoiled_table_is_never_gone_on_with(
-    desk: Path, tmp_path: Path, spoil: Callable[[str], str], message: str
-) -> None:
-    command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    part = tmp_path / ".out.work" / "sensitivity-0.csv"
-    part.write_bytes(spoil(part.read_bytes().decode()).encode())
-    result = search(desk, tmp_path / "out")
-    assert result.exit_code == 1
-    assert f"{part}: not a sensitivity table" in result.output.replace("\n", "")
-    assert message in result.output
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_work_of_another_request_is_not_taken_over(desk: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
-    assert search(desk, tmp_path / "out", "--samples", "16").exit_code == 0
-    assert not json.loads((tmp_path / "out" / "search.json").read_text())["cost"]["resumed"]
-    assert search(desk, tmp_path / "whole", "--samples", "16").exit_code == 0
-    assert (tmp_path / "out" / "sensitivity.csv").read_bytes() == (tmp_path / "whole" / "sensitivity.csv").read_bytes()

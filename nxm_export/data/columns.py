@@ -23,6 +23,7 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("query", "document"),
     ("query", "passage"),
     ("text", "text2"),
+    ("text", "text_pair"),
     ("sentence", "sentence2"),
     ("sentence", None),
     ("text", None),

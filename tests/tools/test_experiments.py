@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from compressors.projections import nm_mask
 from compressors.quantization.fake_quant import QuantLinear
 from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.columns import Columns
+from nxm_export.data.label_kinds import load_labelled
 from tests.support import onnx_text
 from tools.experiments import (
     graph_forms,
@@ -220,7 +223,7 @@ def test_silver_answers_stand_where_they_are_said_to() -> None:
     assert [dict(entry)["labels"] for entry in silver_tasks.labelled([row])] == [["COUNTRY", "STATE"]]
 
 
-def test_a_silver_query_has_one_document_that_answers_it() -> None:
+def test_a_silver_query_has_one_document_that_answers_it(tmp_path: Path) -> None:
     pairs = [(f"question {number}", f"sentence {number}", str(number % 2)) for number in range(8)]
     found = [dict(entry) for entry in silver_tasks.candidates(pairs, random.Random(0))]
     assert {entry["query"] for entry in found} == {f"question {number}" for number in (0, 2, 4, 6)}
@@ -230,3 +233,9 @@ def test_a_silver_query_has_one_document_that_answers_it() -> None:
         assert len({entry["document"] for entry in mine}) == len(mine)
     share = [dict(entry) for entry in silver_tasks.overlaps([("What is it?", "it is red", "0")])]
     assert share == [{"text": "What is it?", "text_pair": "it is red", "score": 0.6667}]
+    for rows, task in ((found, "reranking"), (share, "regression")):
+        file = tmp_path / f"{task}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs_of = load_labelled(str(file), "train", Columns(), TASKS[task]).pairs
+        assert pairs_of is not None, "the second text is read"
+        assert all(pairs_of)

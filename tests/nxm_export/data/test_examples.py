@@ -228,6 +228,7 @@ def test_a_glue_name_without_network_says_what_to_do() -> None:
         ("question sentence label", Columns(), ("question", "sentence")),  # QNLI
         ("question1 question2 label", Columns(), ("question1", "question2")),  # QQP
         ("premise hypothesis label", Columns(), ("premise", "hypothesis")),  # MNLI
+        ("text text_pair label", Columns(), ("text", "text_pair")),  # as transformers names its arguments
         ("sentence1 label", Columns(), ("sentence1", None)),
         ("body sentence2 label", Columns(text="body"), ("body", None)),
         ("sentence1 sentence2 label", Columns(text="sentence1"), ("sentence1", "sentence2")),

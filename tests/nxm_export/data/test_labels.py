@@ -305,8 +305,9 @@ class TestNames:
             read(file, "classification", ("good ", " good", "bad"))
 
 
-def test_a_second_text_is_optional_in_a_row(tmp_path: Path) -> None:
-    rows = [{"label": 1, "text": "a"}, {"text": "a film", "label": 0, "text2": "b"}, {"text": "the", "label": 1}]
+@pytest.mark.parametrize("second", ["text2", "text_pair"])
+def test_a_second_text_is_optional_in_a_row(second: str, tmp_path: Path) -> None:
+    rows = [{"label": 1, "text": "a"}, {"text": "a film", "label": 0, second: "b"}, {"text": "the", "label": 1}]
     examples, _ = read(write(tmp_path, rows), "classification")
     assert examples.pairs == ["", "b", ""]
     samples = encode(tiny.tokenizer(), examples, 48, ("input_ids", "token_type_ids"))

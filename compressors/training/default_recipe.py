@@ -31,20 +31,24 @@ class Training:
 _FAR_START = 3e-4  # where masks are found in training, or weights pruned without making up for it
 _DISTORTED = Training(1e-4, Losses(task=0.0, logits=1.0, hidden=10.0), 0.7)
 _LABELLED = Training(1e-4, Losses(task=0.5, logits=1.0, hidden=1.0), 0.0)
+_TAUGHT = Training(1e-4, _DISTORTED.losses, 0.0)
 
 
 def training_of(settings: Settings, task: Task, width: int, *, more_text: bool = False) -> Training:
     """What `settings` leave open, for a task and a model of this hidden size, with texts without labels or not.
 
-    Text is distorted for classes of whole texts, where there is a teacher; other tasks were not measured with it. The
-    rate that goes with it was found at a width of 384 and is lowered for wider models, in proportion: the step that a
-    layer's output takes under Adam grows with the number of its inputs (Yang et al. 2022, arXiv 2203.03466).
+    Text is distorted for classes of whole texts, where there is a teacher. Models for several labels a text learn from
+    the teacher alone, too, from text as it is; in other tasks nothing better than labels and teacher was found. The
+    rate that goes with distorted text was found at a width of 384 and is lowered for wider models, in proportion: the
+    step that a layer's output takes under Adam grows with the number of its inputs (Yang et al. 2022, arXiv
+    2203.03466).
     """
     taught = settings.distill and settings.recipe != "paper"
     augment = settings.augment
     if augment is None:
         augment = _DISTORTED.augment if taught and task.name == "classification" else 0.0
-    usual = _DISTORTED if augment or more_text else _LABELLED
+    plain = _TAUGHT if task.name == "multi-label" else _LABELLED
+    usual = _DISTORTED if augment or more_text else plain
     rate = usual.learning_rate
     if augment or more_text:
         rate = (rate if settings.recipe in SECOND_ORDER else _FAR_START) * min(1.0, MEASURED_WIDTH / width)

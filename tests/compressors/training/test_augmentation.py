@@ -124,6 +124,7 @@ def test_what_is_left_open_depends_on_task_teacher_and_width() -> None:
     assert training_of(Settings(), classes, 64) == taught  # not raised for narrower models
     for settings, task in ((Settings(), scores), (Settings(augment=0.0), classes)):
         assert training_of(settings, task, 768) == Training(1e-4, Losses(0.5, 1.0, 1.0), 0.0)
+    assert training_of(Settings(), TASKS["multi-label"], 768) == Training(1e-4, taught.losses, 0.0)
     assert training_of(Settings(augment=0.3), scores, 384) == Training(1e-4, taught.losses, 0.3)
     for alone in (Settings(distill=False), Settings(recipe="paper")):
         assert training_of(alone, classes, 384) == Training(1e-4, Losses(), 0.0)

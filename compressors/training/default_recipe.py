@@ -38,7 +38,7 @@ def training_of(settings: Settings, task: Task, width: int, *, more_text: bool =
     """What `settings` leave open, for a task and a model of this hidden size, with texts without labels or not.
 
     Text is distorted for classes of whole texts, where there is a teacher. Models for several labels a text learn from
-    the teacher alone, too, from text as it is; in other tasks nothing better than labels and teacher was found. The
+    the teacher alone, too, from text as it is; in other tasks too little speaks against labels and teacher. The
     rate that goes with distorted text was found at a width of 384 and is lowered for wider models, in proportion: the
     step that a layer's output takes under Adam grows with the number of its inputs (Yang et al. 2022, arXiv
     2203.03466).

@@ -151,7 +151,10 @@ def _held_out(train: list[Features], source: str, seed: int) -> tuple[list[Featu
     `_MOST_HELD_OUT` and what completes their last group."""
     picked, left = split_indices(train, min(max(len(train) // 10, 1), _MOST_HELD_OUT), seed)
     if not left:
-        raise DataError(f"{source}: one text is too little: without dev data some are held out; give more")
+        raise DataError(
+            f"{source}: one text is too little (one group, where texts are scored in groups): without dev data some "
+            "are held out; give more"
+        )
     notice(
         f"without dev data there is no score; how far answers are from the dense model's is measured on {len(picked)} "
         f"samples of {source}, which say too little where the model was trained on them"

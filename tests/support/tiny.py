@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -220,6 +221,14 @@ def write_data(out: Path, task: str = "classification", *, pairs: bool = False, 
             lines.insert(0, header.get(task, "sentence\tsentence2\tlabel" if pairs else "sentence\tlabel"))
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
+
+
+def copy_dense(checkpoint: Path, home: Path) -> Path:
+    """`home` with a copy of the ``dense`` model that a tiny checkpoint was made from, ``train.tsv`` and ``dev.tsv``."""
+    shutil.copytree(checkpoint.parent / "dense", home / "dense")
+    for name in ("train.tsv", "dev.tsv"):
+        shutil.copyfile(checkpoint.parent / name, home / name)
+    return home
 
 
 def _write_questions(out: Path, seed: int) -> tuple[Path, Path]:

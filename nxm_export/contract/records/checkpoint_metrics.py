@@ -133,8 +133,8 @@ class DistanceToDense:
     have tags, and over windows of questions: by `distance_measure` KL(dense || compressed) in nats (of multi-label
     summed over labels, of questions over start and end), the squared difference of scores, or the squared distance of
     vectors relative to the dense one's squared length. `same_answers` is the share, 0 to 1, of samples with the same
-    class or the same set of labels, of labelled tokens with the same tag, or of questions with the same answer; None
-    for scores and vectors.
+    class or the same set of labels, of labelled tokens (of all, without labels) with the same tag, or of questions with
+    the same answer; None for scores and vectors.
     """
 
     dense_value: float | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,7 @@ WORLD = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
-    made = tiny_checkpoint("bert").parent
-    home = tmp_path_factory.mktemp("torchrun")
-    shutil.copytree(made / "dense", home / "dense")
-    for name in ("train.tsv", "dev.tsv"):
-        shutil.copyfile(made / name, home / name)
-    return home
+    return tiny.copy_dense(tiny_checkpoint("bert"), tmp_path_factory.mktemp("torchrun"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.columns import Columns
 from nxm_export.data.label_kinds import load_labelled
-from tests.support import onnx_text
+from tests.support import onnx_text, tiny
 from tools.experiments import (
     graph_forms,
     layerwise_ablation,
@@ -149,10 +149,8 @@ def test_a_model_without_a_head_is_trained_before_it_is_varied(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     encoder = tiny_checkpoint("bert").parent / "dense"
-    for file in ("train", "dev"):
-        rows = [{"text": f"word{number % 7} word{number % 5}", "score": number % 3 / 2} for number in range(40)]
-        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl"), "--max-length", "48"]
+    train, dev = tiny.write_data(tmp_path, "regression")
+    data = ["--train", str(train), "--dev", str(dev), "--max-length", "48"]
     more = ["--task", "regression", "--dense-steps", "2", "--steps", "2", "--threads", "1", "--variants", "default"]
     monkeypatch.setattr(sys, "argv", ["ablation", str(encoder), *data, *more])
     training_variants.main()

@@ -80,7 +80,7 @@ def require_enough_tokens(widths: Mapping[str, int], samples: Iterable[Features]
         about = -(-_SPARE * needed * len(texts) // max(_SPARE * tokens - tokens, 1))
         raise DataError(
             f"the calibration texts have {tokens} tokens, {name} reads {needed} values, and needs at least as many "
-            f"tokens: give about {about} different texts like these ({len(texts)} were read); "
+            f"tokens: give about {about} different texts like these (different ones read: {len(texts)}); "
             "--recipe obs takes fewer, and ends far from the dense model"
         )
 

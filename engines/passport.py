@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import COMPANIONS, MOST_SHAPES, MOST_THREADS, Binding, Profile
-from nxm_export.contract.choices import SPARSE_USE, SparseUse
+from engines.base import COMPANIONS, Binding, Profile
+from engines.passport_options import known_options, require_options
+from nxm_export.contract.choices import SPARSE_USE
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, notice
 from nxm_export.storage.hashing import HashedFiles, file_hash, joint_hash
-from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
+from nxm_export.storage.json_files import as_object, encode, read_record, to_json_object
 from nxm_export.storage.unreadable import unreadable
 from nxm_export.storage.versions import installed_versions
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
-_LARGEST = 2**20  # rows or tokens of a compiled shape
 _LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
 PASSPORT_FILE = "passport.json"
 
@@ -173,7 +173,7 @@ class EnginePassport:
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The shapes (batch, sequence) that the engine keeps compiled, beside the model that takes any."""
-        return _known_options({"shapes": self.options.get("shapes", ())}, PASSPORT_FILE).shapes
+        return known_options({"shapes": self.options.get("shapes", ())}, PASSPORT_FILE).shapes
 
     @property
     def twin(self) -> str | None:
@@ -183,7 +183,7 @@ class EnginePassport:
     @property
     def sparse(self) -> Literal["auto", "always", "never"]:
         """Where sparse kernels were allowed; older passports have true or false."""
-        given = _known_options({"sparse": self.options.get("sparse")}, PASSPORT_FILE).sparse
+        given = known_options({"sparse": self.options.get("sparse")}, PASSPORT_FILE).sparse
         return given if isinstance(given, str) else "never" if given is False else SPARSE_USE
 
     @property
@@ -445,7 +445,7 @@ def load_passport(directory: str | Path) -> EnginePassport:
             f"{file}: names an engine outside its directory, or by what is no file's name ({passport.engine!r:.80}); "
             "do not use it"
         )
-    _require_options(passport, file)
+    require_options(passport.options, str(file))
     return passport
 
 
@@ -453,47 +453,6 @@ def _is_file_name(name: str) -> bool:
     """Whether `name` can be that of a file in a directory: asking for any other raises, or asks for something else."""
     plain = name not in ("", "..") and name == Path(name).name
     return plain and "\0" not in name and len(name.encode("utf-8")) <= _LONGEST_NAME
-
-
-@dataclass(frozen=True)
-class _KnownOptions:
-    """The options that are read again, with their types; a backend may write more of its own."""
-
-    threads: int | None = None
-    shapes: tuple[tuple[int, int], ...] = ()
-    shapes_bytes: int | None = None
-    disabled_optimizers: tuple[str, ...] = ()
-    sparse: SparseUse | bool | None = None
-    fuse: bool | None = None
-    level: int | None = None
-    workspace_bytes: int | None = None
-    build_route: str | None = None
-    twin: str | None = None
-    planned_products: int | None = None
-    integer_products: int | None = None
-    float_products: tuple[str, ...] = ()
-    sparse_kernels: str | None = None
-
-
-def _require_options(passport: EnginePassport, file: Path) -> None:
-    """Raise `ArtifactError` where an option has another type than it was written with."""
-    way_out = "build the engine again"
-    options = _known_options(passport.options, str(file))
-    if options.threads is not None and not 1 <= options.threads <= MOST_THREADS:
-        raise ArtifactError(f"{file}: options: threads is {options.threads}, and a machine has 1 or more; {way_out}")
-    if len(options.shapes) > MOST_SHAPES or any(
-        not 1 <= size <= _LARGEST for shape in options.shapes for size in shape
-    ):
-        raise ArtifactError(
-            f"{file}: options: {len(options.shapes)} shapes; an engine keeps {MOST_SHAPES} at most, of sizes from 1 "
-            f"to {_LARGEST}; {way_out}"
-        )
-
-
-def _known_options(options: Mapping[str, object], source: str) -> _KnownOptions:
-    """The options that are read again; raises `ArtifactError` where one has another type than it was written with."""
-    way_out = "build the engine again"
-    return convert(dict(options), _KnownOptions, source=f"{source}: options", way_out=way_out, foreign=True)
 
 
 def _of_first_schema(fields: dict[str, object]) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxm_export.errors import DataError
+from nxm_export.errors import DataError, notice, some
 
 DataRow = Mapping[str, object]  # of a data file: cells by column
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
@@ -31,6 +31,7 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
 )
 LABEL_COLUMNS = ("label", "labels", "score", "relevance")
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
+_FIRST_ROWS = 20  # tell what a column holds
 _MOST_DIGITS = 400  # the largest float has 309
 
 
@@ -69,6 +70,23 @@ def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str
     raise DataError(
         f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text-column"
     )
+
+
+def note_unread_text(rows: Sequence[tuple[str, DataRow]], read: Sequence[str | None], path: Path) -> None:
+    """Say, as a `Notice`, which columns outside `read` hold text: one may be the second text of pairs.
+
+    A column holds text where most of its first cells have several words.
+    """
+    first = [row for _, row in rows[:_FIRST_ROWS]]
+    unread = {name for row in first for name in row} - set(read)
+    words = {name: [cell for row in first if isinstance(cell := row.get(name), str)] for name in unread}
+    if columns := [
+        name for name, cells in words.items() if 2 * sum(" " in cell.strip() for cell in cells) > len(first)
+    ]:
+        notice(
+            f"{path}: nothing is read from {some(columns)}, which looks like text; name it with --pair-column if it is "
+            "the second text of a pair"
+        )
 
 
 def only_column(asked: str | None, usual: Sequence[str], names: list[str], path: Path, what: str, flag: str) -> str:

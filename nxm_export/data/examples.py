@@ -21,6 +21,7 @@ from nxm_export.data.columns import (
     DataRow,
     is_integer,
     label_text,
+    note_unread_text,
     only_column,
     require_distinct,
     second_text_of,
@@ -177,6 +178,8 @@ def load_raw(
         flag = f"--label-column{_columns_of_classes(rows, names)}"
         third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", flag)
     require_distinct((first, second, third_), path)
+    if second is None:
+        note_unread_text(rows, (first, columns.label, *LABEL_COLUMNS), path)
     texts = [text_of(row, first, place) for place, row in rows]
     pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
     labels = [read_label(row, third_, place) if third_ else None for place, row in rows]

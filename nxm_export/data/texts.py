@@ -6,8 +6,10 @@ from pathlib import Path
 
 from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import (
+    LABEL_COLUMNS,
     TOKEN_COLUMNS,
     Columns,
+    note_unread_text,
     require_distinct,
     second_text_of,
     text_columns,
@@ -42,6 +44,8 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
     if task.label == "tags" and columns.text is None and tokens is not None:
         return [_tokens(row.get(tokens), tokens, place) for place, row in rows]
     first, second = text_columns(columns, names, path)
+    if second is None and task.texts != "one" and task.label != "tags":
+        note_unread_text(rows, (first, columns.label, *LABEL_COLUMNS), path)
     if second is None or task.texts == "one" or task.label == "tags":
         return [text_of(row, first, place) for place, row in rows]
     read_second = text_of if task.texts == "two" else second_text_of

@@ -20,6 +20,7 @@ from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, class_names, encode, load_raw, with_classes, with_scores
 from nxm_export.data.features import pad, sorted_batches
 from nxm_export.data.label_kinds import load_labelled
+from nxm_export.data.texts import read_texts
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, DataError, Notice
 from tests.support import tiny
@@ -261,6 +262,38 @@ def test_an_empty_second_column_is_no_pair(tmp_path: Path) -> None:
     """Mirrors of GLUE write single-sentence tasks with an empty sentence2."""
     raw = load_raw(write(tmp_path, "d.tsv", "sentence1\tsentence2\tlabel\na\t\t1\nb\t\t0\n"), "train")
     assert raw.pairs is None
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "said"),
+    [
+        ("text\treply\tlabel", ("a film", "the answer", "1"), "reply"),
+        ("text\treply\tnotes\tlabel", ("a film", "the answer", "of one", "1"), "notes, reply"),
+        ("text\tid\tlabel", ("a film", "film-3", "1"), None),
+        ("text\tempty\tlabel", ("a film", "  ", "1"), None),
+        ("text\tlabel", ("a film", "quite good"), None),
+        ("text\ttext2\treply\tlabel", ("a film", "it is", "the answer", "1"), None),
+    ],
+)
+def test_a_column_that_looks_like_a_second_text_and_is_not_read_is_said(
+    tmp_path: Path, header: str, cells: tuple[str, ...], said: str | None
+) -> None:
+    file = write(tmp_path, "d.tsv", header + "\n" + 2 * ("\t".join(cells) + "\n"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_raw(file, "train")
+        read_texts(file, Columns(), TASKS["classification"])
+    expected = f"nothing is read from {said}, which looks like text; name it with --pair-column"
+    assert [str(one.message).startswith(f"{file}: {expected}") for one in caught] == ([True, True] if said else [])
+
+
+def test_no_column_is_said_to_be_unread_that_was_asked_for(tmp_path: Path) -> None:
+    file = write(tmp_path, "d.tsv", "text\treply\tverdict\na film\tthe answer\tquite good\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_raw(file, "train", Columns(pair="reply", label="verdict"))
+        read_texts(file, Columns(pair="reply"), TASKS["classification"])
+        read_texts(file, Columns(), TASKS["token-classification"])  # reads one text
 
 
 def labels(tmp_path: Path, *texts: str) -> Any:

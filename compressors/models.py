@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compressors import distributed
-from nxm_export.contract.checkpoint import has_head, read_config, require_safetensors
+from nxm_export.contract.checkpoint import PLAN_FILE, has_head, read_config, require_safetensors
 from nxm_export.contract.encoder_family import GELUS, Family
 from nxm_export.contract.families import family_of
 from nxm_export.contract.pooling import read_pooling
@@ -63,18 +63,30 @@ class SpanOutput(TaskOutput, Protocol):
 
 
 def resolve(model: str | Path, revision: str | None = None) -> ModelSource:
-    """Find a model directory, or fetch a hub id; raises `ArtifactError` with the way out."""
+    """Find a dense model's directory, or fetch a hub id; raises `ArtifactError` with the way out."""
     path = Path(model)
     if path.is_dir():
         if revision:
             raise ArtifactError(f"{model} is a local directory, and --revision is for hub models; drop one of them")
         config = read_config(path)
+        _require_dense(path, str(model))
         return ModelSource(path, config, family_of(config, source=str(path / "config.json")))
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ArtifactError(f"{model}: no such directory")
     path, commit = _fetch(str(model), revision)
     config = read_config(path)
+    _require_dense(path, str(model))
     return ModelSource(path, config, family_of(config, source=str(model)), commit)
+
+
+def _require_dense(path: Path, model: str) -> None:
+    """Raise `ArtifactError` for a compressed checkpoint: it would teach what it has lost, and stand as the dense model
+    in every comparison."""
+    if (path / PLAN_FILE).exists():
+        raise ArtifactError(
+            f"{model} is compressed already ({PLAN_FILE}), and would count as the dense model; give the model that it "
+            "was made from"
+        )
 
 
 def _fetch(name: str, revision: str | None) -> tuple[Path, str]:

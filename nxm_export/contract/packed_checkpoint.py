@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,7 +96,10 @@ def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
     make_directory(out.parent)
     try:
         with disk_errors(out):
+            scratch.touch()
+            mode = stat.S_IMODE(scratch.stat().st_mode)
             save_file(tensors, scratch, metadata)
+            scratch.chmod(mode)  # safetensors leaves files that their owner alone reads
             scratch.replace(out)
     except SafetensorError as error:
         raise ArtifactError(f"{out}: cannot be written ({error}); choose another place") from error

@@ -163,7 +163,7 @@ def _head_notice(request: Request, source: ModelSource) -> str | None:
     if source.head_fits(task):
         return None
     own = task_at(source.path, source.config)
-    had = f"its {own} head is dropped" if own else f"it has no {task.name} head"
+    had = f"its {own} head is dropped (--task {own} keeps it)" if own else f"it has no {task.name} head"
     return f"{request.model}: {had}, and a new {task.name} head is trained before it is compressed"
 
 

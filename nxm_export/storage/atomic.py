@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def atomic_dir(target: Path, *, replace_any: bool = False, kept_log: str | None 
         try:
             with disk_errors(target):
                 yield scratch
+                _let_others_read(scratch)
                 shutil.rmtree(old, ignore_errors=True)
                 if os.path.lexists(target):
                     target.rename(old)
@@ -104,6 +106,15 @@ def atomic_dir(target: Path, *, replace_any: bool = False, kept_log: str | None 
             raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _let_others_read(directory: Path) -> None:
+    """Give files the rights that the umask gave their directory: those of safetensors are their owner's alone."""
+    shared = directory.stat().st_mode & 0o666
+    for file in directory.rglob("*"):
+        facts = file.lstat()
+        if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:  # not one that lies elsewhere, too
+            file.chmod(stat.S_IMODE(facts.st_mode) | shared)
 
 
 def _put_back(old: Path, target: Path) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from compressors.models import cut_notice, load_model, load_tokenizer, max_length, resolve
 from compressors.settings import Settings
+from nxm_export.cli import main
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError
 from nxm_export.pipeline.request import Request
-from nxm_export.pipeline.run import _with_length_of
+from nxm_export.pipeline.run import _with_length_of, head_notice
 from tests.support import tiny
 
 
@@ -51,6 +54,43 @@ def test_an_embedding_model_needs_its_encoder(tmp_path: Path) -> None:
     without(directory, "bert.embeddings.word_embeddings")
     with pytest.raises(ArtifactError, match="word_embeddings"):
         load_model(resolve(directory), task_named("embedding"))
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("embedding", "its embedding head is dropped (--task embedding keeps it), and a new classification head"),
+        (None, "it has no classification head, and a new classification head"),
+        ("classification", None),
+    ],
+)
+def test_what_becomes_of_a_head_is_said(tmp_path: Path, head: str | None, said: str | None) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head=head)
+    spec = WeightSpec.parse("2:4+W8")
+    request = Request(str(model), task="classification", train="t", dev="d", spec=spec, settings=Settings())
+    told = head_notice(request)
+    assert told == (None if said is None else f"{model}: {said} is trained before it is compressed")
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"),
+    [
+        ("compress", ()),
+        ("compress", ("--steps", "0")),
+        ("search", ("--compression", "0.8")),
+        ("run", ()),
+        ("run", ("--dry-run",)),
+    ],
+)
+def test_a_compressed_checkpoint_is_not_taken_for_a_dense_model(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, verb: str, more: tuple[str, ...]
+) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    data = [f"--{name}={checkpoint.parent / name}.tsv" for name in ("train", "dev")[: 1 if verb == "search" else 2]]
+    result = CliRunner().invoke(main, [verb, str(checkpoint), *data, f"--out={tmp_path / 'out'}", *more])
+    assert result.exit_code == 1
+    assert f"{checkpoint} is compressed already (nxm_plan.json), and would count as the dense model" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,11 @@ def test_the_commands_pack_and_unpack(template: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["file_bytes"] == (tmp_path / "file").stat().st_size
     done = CliRunner().invoke(main, ["unpack", str(tmp_path / "file"), "--out", str(tmp_path / "back")])
     assert done.exit_code == 0, done.output
+    (tmp_path / "anything").touch()
     for file in model_files(tmp_path / "model"):
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+        assert (tmp_path / "back" / file.name).stat().st_mode == (tmp_path / "anything").stat().st_mode
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "anything").stat().st_mode
     for arguments in (["unpack", "missing"], ["pack", str(tmp_path)]):
         done = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "nothing")])
         assert done.exit_code == 1

@@ -122,6 +122,26 @@ class TestAtomicDir:
             1 / 0  # noqa: B018
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_gives_whoever_wrote_them(tmp_path: Path, umask: int, mode: int) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    before = os.umask(umask)
+    try:
+        with atomic_dir(tmp_path / "out") as scratch:
+            (scratch / "below").mkdir()
+            for file in (scratch / "model.safetensors", scratch / "below" / "script", elsewhere):
+                file.touch()
+                file.chmod(0o600)
+            (scratch / "below" / "script").chmod(0o700)
+            os.link(elsewhere, scratch / "linked")
+            (scratch / "nowhere").symlink_to(tmp_path / "nothing")
+    finally:
+        os.umask(before)
+    found = {name: (tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("model.safetensors", "below/script")}
+    assert found == {"model.safetensors": mode, "below/script": mode | 0o100}
+    assert elsewhere.stat().st_mode & 0o777 == 0o600, "a file that lies elsewhere, too"
+
+
 def test_a_directory_that_is_not_writable_is_named(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")

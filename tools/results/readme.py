@@ -51,6 +51,11 @@ SHOWN = (
     Shown("MPNet-base", "paper-2:4+W4", "2:4, 4-bit weights, by the paper's recipe"),
     Shown("MPNet-base", "admm-2:4+W4-untrained", "2:4, 4-bit weights, without training"),
     Shown("MPNet-base", "admm-2:4+W8-untrained", "2:4, 8-bit weights, without training"),
+    Shown(
+        "MPNet-base",
+        "searched-hw-87.5-by-admm-judged-by-64-averaged",
+        "a pattern and width per matrix, searched for 87.5 %",
+    ),
     Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights, by `obs`, with the last step's weights"),
 )
 

@@ -38,7 +38,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.contract.pooling import is_embedding, module_folders, read_pooling
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.atomic import atomic_dir, disk_errors, make_directory
+from nxm_export.storage.atomic import atomic_dir, disk_errors, make_directory, widen
 from nxm_export.storage.json_files import convert, parse_json, require_schema, to_json_object
 
 T = TypeVar("T")
@@ -97,9 +97,9 @@ def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
     try:
         with disk_errors(out):
             scratch.touch()
-            mode = stat.S_IMODE(scratch.stat().st_mode)
+            rights = stat.S_IMODE(scratch.stat().st_mode)
             save_file(tensors, scratch, metadata)
-            scratch.chmod(mode)  # safetensors leaves files that their owner alone reads
+            widen(scratch, rights)
             scratch.replace(out)
     except SafetensorError as error:
         raise ArtifactError(f"{out}: cannot be written ({error}); choose another place") from error

@@ -109,12 +109,21 @@ def atomic_dir(target: Path, *, replace_any: bool = False, kept_log: str | None 
 
 
 def _let_others_read(directory: Path) -> None:
-    """Give files the rights that the umask gave their directory: those of safetensors are their owner's alone."""
+    """Give files the rights that the umask gave their directory, but for those that lie elsewhere, too."""
     shared = directory.stat().st_mode & 0o666
     for file in directory.rglob("*"):
         facts = file.lstat()
-        if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:  # not one that lies elsewhere, too
-            file.chmod(stat.S_IMODE(facts.st_mode) | shared)
+        if stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+            widen(file, shared)
+
+
+def widen(file: Path, rights: int) -> None:
+    """Add rights (bits of a mode) to a file's own, where the file system lets that be done: safetensors writes files
+    that their owner alone may read."""
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if mode | rights != mode:
+        with contextlib.suppress(OSError):  # a file system without rights of its own
+            file.chmod(mode | rights)
 
 
 def _put_back(old: Path, target: Path) -> None:

@@ -142,6 +142,18 @@ def test_files_have_the_rights_that_the_umask_gives_whoever_wrote_them(tmp_path:
     assert elsewhere.stat().st_mode & 0o777 == 0o600, "a file that lies elsewhere, too"
 
 
+def test_what_was_made_is_not_lost_where_rights_cannot_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    with atomic_dir(tmp_path / "out") as scratch:
+        os.close(os.open(scratch / "model.safetensors", os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_directory_that_is_not_writable_is_named(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")

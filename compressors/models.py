@@ -68,25 +68,23 @@ def resolve(model: str | Path, revision: str | None = None) -> ModelSource:
     if path.is_dir():
         if revision:
             raise ArtifactError(f"{model} is a local directory, and --revision is for hub models; drop one of them")
-        config = read_config(path)
-        _require_dense(path, str(model))
-        return ModelSource(path, config, family_of(config, source=str(path / "config.json")))
+        return _dense(path, str(model), str(path / "config.json"))
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ArtifactError(f"{model}: no such directory")
     path, commit = _fetch(str(model), revision)
+    return _dense(path, str(model), str(model), commit)
+
+
+def _dense(path: Path, model: str, source: str, commit: str | None = None) -> ModelSource:
+    """The model in a directory; raises `ArtifactError` for a compressed checkpoint, which would teach what it has lost
+    and stand as the dense model in every comparison. `source` names the configuration in errors."""
     config = read_config(path)
-    _require_dense(path, str(model))
-    return ModelSource(path, config, family_of(config, source=str(model)), commit)
-
-
-def _require_dense(path: Path, model: str) -> None:
-    """Raise `ArtifactError` for a compressed checkpoint: it would teach what it has lost, and stand as the dense model
-    in every comparison."""
     if (path / PLAN_FILE).exists():
         raise ArtifactError(
             f"{model} is compressed already ({PLAN_FILE}), and would count as the dense model; give the model that it "
             "was made from"
         )
+    return ModelSource(path, config, family_of(config, source=source), commit)
 
 
 def _fetch(name: str, revision: str | None) -> tuple[Path, str]:

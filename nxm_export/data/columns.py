@@ -72,13 +72,14 @@ def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str
     )
 
 
-def note_unread_text(rows: Sequence[tuple[str, DataRow]], read: Sequence[str | None], path: Path) -> None:
-    """Say, as a `Notice`, which columns outside `read` hold text: one may be the second text of pairs.
+def note_unread_text(rows: Sequence[tuple[str, DataRow]], text: str, asked: Columns, path: Path) -> None:
+    """Say, as a `Notice`, which columns hold text and are neither `text`, the only one that is read, nor a label: one
+    may be the second text of pairs.
 
     A column holds text where most of its first cells have several words.
     """
     first = [row for _, row in rows[:_FIRST_ROWS]]
-    unread = {name for row in first for name in row} - set(read)
+    unread = {name for row in first for name in row} - {text, asked.label, *LABEL_COLUMNS}
     words = {name: [cell for row in first if isinstance(cell := row.get(name), str)] for name in unread}
     if columns := [
         name for name, cells in words.items() if 2 * sum(" " in cell.strip() for cell in cells) > len(first)

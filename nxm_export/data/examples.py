@@ -179,7 +179,7 @@ def load_raw(
         third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", flag)
     require_distinct((first, second, third_), path)
     if second is None:
-        note_unread_text(rows, (first, columns.label, *LABEL_COLUMNS), path)
+        note_unread_text(rows, first, columns, path)
     texts = [text_of(row, first, place) for place, row in rows]
     pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
     labels = [read_label(row, third_, place) if third_ else None for place, row in rows]

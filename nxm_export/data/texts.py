@@ -6,7 +6,6 @@ from pathlib import Path
 
 from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import (
-    LABEL_COLUMNS,
     TOKEN_COLUMNS,
     Columns,
     note_unread_text,
@@ -45,7 +44,7 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
         return [_tokens(row.get(tokens), tokens, place) for place, row in rows]
     first, second = text_columns(columns, names, path)
     if second is None and task.texts != "one" and task.label != "tags":
-        note_unread_text(rows, (first, columns.label, *LABEL_COLUMNS), path)
+        note_unread_text(rows, first, columns, path)
     if second is None or task.texts == "one" or task.label == "tags":
         return [text_of(row, first, place) for place, row in rows]
     read_second = text_of if task.texts == "two" else second_text_of

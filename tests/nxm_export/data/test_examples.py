@@ -289,10 +289,13 @@ def test_a_column_that_looks_like_a_second_text_and_is_not_read_is_said(
 
 def test_no_column_is_said_to_be_unread_that_was_asked_for(tmp_path: Path) -> None:
     file = write(tmp_path, "d.tsv", "text\treply\tverdict\na film\tthe answer\tquite good\n")
+    alone = write(tmp_path, "alone.tsv", "text\tverdict\na film\tquite good\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_raw(file, "train", Columns(pair="reply", label="verdict"))
         read_texts(file, Columns(pair="reply"), TASKS["classification"])
+        load_raw(alone, "train", Columns(label="verdict"))
+        read_texts(alone, Columns(label="verdict"), TASKS["classification"])
         read_texts(file, Columns(), TASKS["token-classification"])  # reads one text
 
 

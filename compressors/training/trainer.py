@@ -16,7 +16,7 @@ import hashlib
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,14 +254,26 @@ def training_arguments(phase: Phase, directory: Path, seed: int, precision: str)
 
 
 def wants_bf16(precision: str) -> bool:
-    """Whether to train under bfloat16 autocast: as asked (``fp32``, ``bf16``), or where the hardware multiplies it."""
+    """Whether to train under bfloat16 autocast: as asked (``fp32``, ``bf16``), or where the hardware gains by it."""
     if precision not in PRECISIONS:
         raise DataError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
+    return _cpu_gains_by_bf16(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else False
+
+
+def _cpu_gains_by_bf16(capabilities: Mapping[str, object]) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 on a CPU of these `capabilities` (PyTorch's).
+
+    It is read from the CPU, not timed: all processes of ``torchrun`` and a resumed run decide alike. The AVX-512 of
+    AMD gains by bfloat16. Intel has AMX for it; where a virtual machine hides that, bfloat16 loses to float32
+    (docs/research-notes.md).
+    """
+    if str(capabilities.get("cpu_name", "")).startswith("Intel"):
+        return bool(capabilities.get("amx_bf16"))
+    return bool(capabilities.get("avx512_bf16"))
 
 
 def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:

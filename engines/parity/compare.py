@@ -47,7 +47,7 @@ from engines.parity.decisions import (
     spread,
 )
 from engines.parity.gates import Gate, check_gate, embedding_table_drop
-from engines.parity.parts import Part, open_part, per_token, run_all
+from engines.parity.parts import Part, loadable, open_part, per_token, require_some, run_all
 from engines.parity.probes import (
     Expected,
     Loaded,
@@ -57,7 +57,7 @@ from engines.parity.probes import (
     probe,
     probe_samples,
 )
-from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, Skipped, report_text, verdict
+from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, report_text, verdict
 from engines.parity.tolerance import (
     MAX_FACTOR,
     MEAN_FACTOR,
@@ -76,7 +76,7 @@ from nxm_export.data.features import Features, group_array, label_array
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.metrics import ScoredOutputs, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask
-from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
+from nxm_export.errors import ArtifactError, DataError, EngineError, ParityError
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.memory import available_memory, gigabytes, require_memory
 
@@ -111,7 +111,8 @@ def compare_all(
     ``outputs.npz`` beside every engine that runs here.
 
     `features` are token features with ``labels`` (see `nxm_export.data.examples.encode`); with `numbered` the data has
-    numbers for labels, whose order is then looked at. Raises `EngineUnavailable` when no engine can run here,
+    numbers for labels, whose order is then looked at. An engine that fails when it runs has no report, and the others
+    have theirs. Raises `EngineUnavailable` when no engine can run here, `EngineError` when none is left,
     `DataError` for data that does not fit, `ArtifactError` for engines of another
     checkpoint and for engines that cannot be compared with each other, `ParityError` for a checkpoint whose own outputs
     are not finite; then nothing is written.
@@ -126,18 +127,24 @@ def compare_all(
     beforehand = {}
     if any(gate.quantity == "embedding_table" for gate in gates):
         beforehand["embedding_table"] = embedding_table_drop(checkpoint)
-    parts, skipped = _runnable(parts)
-    samples = replace(samples, batch_tokens=_batch_tokens(checkpoint, parts, samples))
+    running, without_report = loadable(parts)
+    samples = replace(samples, batch_tokens=_batch_tokens(checkpoint, running, samples))
     references: dict[str, _Reference] = {}  # engines of one dtype and placement share it
     runs = []
-    for part in parts:
+    for part in running:
         if part.key not in references:
             reference = references[part.key] = _measure(checkpoint, part, samples)
             if numbered:
                 rows = rows_to_look_at(len(samples.labels))
                 logits = scored_outputs(samples.task, reference.outputs)[rows]
                 require_label_order(logits, samples.labels[rows], samples.spec.labels, "the data")
-        runs.append(_run(part, references[part.key], samples))
+        try:
+            runs.append(_run(part, references[part.key], samples))
+        except EngineError as error:  # of this engine, whatever the others do
+            if len(parts) == 1:
+                raise
+            without_report.append(part.without_report(error))
+    require_some(runs, without_report)
     reports = []
     for run in runs:
         others = [other for other in runs if other.part.directory != run.part.directory]
@@ -148,7 +155,7 @@ def compare_all(
         packed = io.BytesIO()
         np.savez(packed, **{**run.outputs, **samples.answers})  # type: ignore[arg-type]  # names of files, not options
         write_atomic(run.part.directory / OUTPUTS_FILE, packed.getvalue())
-    return Comparison(tuple(reports), tuple(skipped), tuple(map(str, gates)))
+    return Comparison(tuple(reports), tuple(without_report), tuple(map(str, gates)))
 
 
 def _batch_tokens(checkpoint: Path, parts: Sequence[Part], samples: _Samples) -> int:
@@ -245,25 +252,6 @@ def _require_askable(gates: Sequence[Gate], samples: _Samples) -> None:
                     f"{gate}: {task.name} has the metrics {', '.join((task.metric, *task.secondary_metrics))}"
                 )
             require_scorable(gate.metric or task.metric, samples.labels, samples.spec.labels)
-
-
-def _runnable(parts: Sequence[Part]) -> tuple[list[Part], list[Skipped]]:
-    """(engines that load here, the others); `EngineUnavailable` with the reasons where none does."""
-    running, skipped = [], []
-    for part in parts:
-        try:
-            with part.load():
-                running.append(part)
-        except EngineUnavailable as error:
-            if len(parts) == 1:
-                raise
-            sha256 = part.passport.engine_sha256
-            skipped.append(Skipped(str(part.directory), sha256, part.passport.backend, str(error)))
-    if not running:
-        raise EngineUnavailable(
-            f"nothing could be compared here: {'; '.join(f'{engine.engine}: {engine.reason}' for engine in skipped)}"
-        )
-    return running, skipped
 
 
 @dataclass(frozen=True)

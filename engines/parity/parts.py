@@ -13,6 +13,7 @@ from engines.base import Engine, backend
 from engines.memory import engine_memory
 from engines.parity.compatibility import plan_of, require_from
 from engines.parity.probes import longest_sequence
+from engines.parity.reports import NotCompared
 from engines.parity.tolerance import (
     DTYPE_ROUNDING,
     QUANTIZER_ROUNDING,
@@ -24,7 +25,7 @@ from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS
 from nxm_export.data.features import Features, filled, pad, sorted_batches
-from nxm_export.errors import NxmError
+from nxm_export.errors import EngineError, EngineUnavailable, NxmError
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,37 @@ class Part:
             engine.close()
             raise
         return engine
+
+    def without_report(self, error: EngineError) -> NotCompared:
+        """What is said of this engine in place of a report: that it cannot run here, or failed."""
+        failed = not isinstance(error, EngineUnavailable)
+        return NotCompared(
+            str(self.directory), self.passport.engine_sha256, self.passport.backend, str(error), failed=failed
+        )
+
+
+def loadable(parts: Sequence[Part]) -> tuple[list[Part], list[NotCompared]]:
+    """(engines that load here, the others); raises like `require_some` where none does, and of one alone its error."""
+    loaded, others = [], []
+    for part in parts:
+        try:
+            with part.load():
+                loaded.append(part)
+        except EngineError as error:
+            if len(parts) == 1:
+                raise
+            others.append(part.without_report(error))
+    require_some(loaded, others)
+    return loaded, others
+
+
+def require_some(compared: Sequence[object], others: Sequence[NotCompared]) -> None:
+    """Raise `EngineUnavailable` with the reasons of the others where nothing was compared; `EngineError` where one of
+    them failed."""
+    if not compared:
+        kind = EngineError if any(engine.failed for engine in others) else EngineUnavailable
+        reasons = "; ".join(f"{engine.engine}: {engine.reason}" for engine in others)
+        raise kind(f"nothing could be compared here: {reasons}")
 
 
 def open_part(checkpoint: Path, directory: Path) -> Part:

@@ -10,7 +10,7 @@ from engines.parity.decisions import Pair
 from engines.parity.gates import GateResult
 from engines.parity.probes import ProbeResult
 from engines.parity.tolerance import OutputParity
-from nxm_export.errors import ParityError
+from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import as_objects, encode, entry_at, read_record, to_json_object
 
 SCHEMA = "nxm-parity/2"
@@ -79,33 +79,35 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An engine that this machine cannot run, with the reason; nothing is known about it."""
+class NotCompared:
+    """An engine without a report, with the reason: this machine cannot run it, so that nothing is known about it; or it
+    `failed` when it ran."""
 
     engine: str
     engine_sha256: str
     backend: str
     reason: str
+    failed: bool = False
 
     def to_dict(self) -> dict[str, object]:
-        """Its entry in ``--json``: `passed` is null, and `skipped` the reason."""
+        """Its entry in ``--json``: `passed` is null and `skipped` the reason, or `passed` is false and `failed` it."""
         return {
             "schema": SCHEMA,
-            "passed": None,
+            "passed": False if self.failed else None,
             "engine": self.engine,
             "engine_sha256": self.engine_sha256,
             "backend": self.backend,
-            "skipped": self.reason,
+            "failed" if self.failed else "skipped": self.reason,
         }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All engines of one command: a report of each that runs here (what it iterates over), and why the others do not.
-    `gates` are what was asked of all of them."""
+    """All engines of one command: a report of each that runs here (what it iterates over), and why the others have
+    none. `gates` are what was asked of all of them."""
 
     reports: tuple[ParityReport, ...]
-    skipped: tuple[Skipped, ...]
+    without_report: tuple[NotCompared, ...]
     gates: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ParityReport]:
@@ -118,12 +120,16 @@ class Comparison:
         return self.reports[number]
 
     def require(self) -> None:
-        """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run."""
+        """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run. Raise
+        `EngineError` for an engine that failed when it ran."""
         if not self.reports:
             raise ParityError("no engine was compared, so none passed; compare one that runs here")
         for report in self.reports:
             report.require()
-        for engine in self.skipped if self.gates else ():
+        for engine in self.without_report:
+            if engine.failed:
+                raise EngineError(f"{engine.engine} failed when it ran, so it was not compared: {engine.reason}")
+        for engine in self.without_report if self.gates else ():
             raise ParityError(
                 f"{engine.engine}: the gate {self.gates[0]} could not be checked, as it does not "
                 f"run here: {engine.reason}"
@@ -133,15 +139,15 @@ class Comparison:
     def passed(self) -> bool:
         """False where `require` raises."""
         passed = bool(self.reports) and all(report.passed for report in self.reports)
-        return passed and not (self.gates and self.skipped)
+        return passed and not any(self.gates or engine.failed for engine in self.without_report)
 
     def to_dict(self) -> dict[str, object]:
         """All of it in one record: whether `require` is content, the gates, and `to_list` as ``engines``."""
         return {"passed": self.passed, "gates": list(self.gates), "engines": self.to_list()}
 
     def to_list(self) -> list[dict[str, object]]:
-        """The form of ``--json``: the reports, then what was skipped."""
-        return [*(report.to_dict() for report in self.reports), *(engine.to_dict() for engine in self.skipped)]
+        """The form of ``--json``: the reports, then the engines without one."""
+        return [*(report.to_dict() for report in self.reports), *(engine.to_dict() for engine in self.without_report)]
 
 
 def verdict(outputs: Sequence[OutputParity], probes: Sequence[ProbeResult], gates: Sequence[GateResult]) -> bool:

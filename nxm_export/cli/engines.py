@@ -104,7 +104,8 @@ def compare(
 
     Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
     GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
-    (3), or when no engine is left (1). With --bisect, block by block instead, and exits with 3 when a block parts.
+    (3), or when no engine is left (1). An engine that fails when it runs fails the command (1); the others are compared
+    all the same. With --bisect, block by block instead, and exits with 3 when a block parts.
     """
     from engines.parity.gates import parse_gate
     from nxm_export.pipeline.engine_comparison import bisect_engines, compare_engines

@@ -11,15 +11,15 @@ from nxm_export.cli.tables import print_rows, print_table, score_text, share_tex
 if TYPE_CHECKING:
     from engines.parity.bisect_reports import BisectReport
     from engines.parity.decisions import Flip, Pair
-    from engines.parity.reports import Comparison, ParityReport, Skipped
+    from engines.parity.reports import Comparison, NotCompared, ParityReport
     from engines.parity.tolerance import OutputParity
 
 _VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
 
 
 def print_comparison(comparison: Comparison, everything: bool = False) -> None:
-    """The verdict on every engine, outputs, probes and gates, then the engines in pairs, and those that could not run
-    here. Probes that pass are counted, and outputs that pass are a row each where there are several engines, unless
+    """The verdict on every engine, outputs, probes and gates, then the engines in pairs, and those without a report.
+    Probes that pass are counted, and outputs that pass are a row each where there are several engines, unless
     `everything` is asked for."""
     for report in comparison.reports:
         print(_verdict(report))
@@ -34,7 +34,7 @@ def print_comparison(comparison: Comparison, everything: bool = False) -> None:
         if everything:
             print(f"tolerance: {report.reason}")
     _print_pairs(comparison.reports, everything)
-    _print_skipped(comparison.skipped)
+    _print_without_report(comparison.without_report)
 
 
 def _print_together(reports: Sequence[ParityReport]) -> None:
@@ -155,10 +155,11 @@ def _print_pairs(reports: Sequence[ParityReport], everything: bool) -> None:
         print_rows(columns, rows)
 
 
-def _print_skipped(skipped: Sequence[Skipped]) -> None:
-    if skipped:
-        rows = [(engine.engine, engine.backend, engine.reason) for engine in skipped]
-        print_table("skipped: not run here, so not compared", ("engine", "backend", "why"), rows)
+def _print_without_report(engines: Sequence[NotCompared]) -> None:
+    for failed, title in ((True, "FAILED when they ran"), (False, "skipped: not run here, so not compared")):
+        rows = [(engine.engine, engine.backend, engine.reason) for engine in engines if engine.failed is failed]
+        if rows:
+            print_table(title, ("engine", "backend", "why"), rows)
 
 
 def print_bisects(reports: Sequence[BisectReport]) -> None:

@@ -203,19 +203,16 @@ def build_fastest(
 
 
 def _differing(check: ParityCheck, engines: Mapping[str, Path]) -> dict[str, str]:
-    """Why engine directories, by backend, do not pass the comparison; one that fails when it runs takes none along."""
+    """Why engine directories, by backend, do not pass the comparison."""
     try:
         comparison = compare_engines(check.checkpoint, list(engines.values()), check.data, check.columns)
     except EngineError as error:
-        if len(engines) == 1:
-            return dict.fromkeys(engines, f"it could not be compared: {error}")
-        alone = [_differing(check, {name: directory}) for name, directory in engines.items()]
-        return {name: why for each in alone for name, why in each.items()}
-    skipped = {Path(engine.engine).name: engine.reason for engine in comparison.skipped}
+        return dict.fromkeys(engines, f"it could not be compared: {error}")
+    reasons = {Path(engine.engine).name: engine.reason for engine in comparison.without_report}
     passed = {Path(report.engine).name for report in comparison.reports if report.passed}
     return {
-        name: f"it could not be compared: {skipped[name]}"
-        if name in skipped
+        name: f"it could not be compared: {reasons[name]}"
+        if name in reasons
         else "it does not compute what the checkpoint computes"
         for name in engines
         if name not in passed

@@ -42,8 +42,8 @@ def table_of(result: Result) -> Iterator[str]:
     yield from (f"- verdict: {result.verdict}", f"- parity: {result.parity}", f"- seconds: {dict(result.seconds)}")
     for one in result.compared.reports if result.compared is not None else ():
         yield f"- parity on {one.samples} samples: {_in_words(one)}"
-    for left in result.compared.skipped if result.compared is not None else ():
-        yield f"- parity: {left.engine} was not run: {left.reason}"
+    for left in result.compared.without_report if result.compared is not None else ():
+        yield f"- parity: {left.engine} {'failed when it ran' if left.failed else 'was not run'}: {left.reason}"
     if result.skipped:
         yield f"- not reached: {', '.join(result.skipped)}"
     if result.bench:

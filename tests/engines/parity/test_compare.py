@@ -355,6 +355,58 @@ class TestSkipped:
         assert f"nothing could be compared here: {engines[1]}: TensorRT-RTX needs" in both.stderr
 
 
+class TestFailed:
+    """One of two engines fails: the reason is named, the other one has its report, and the command fails."""
+
+    @pytest.fixture(params=["load", "run"])
+    def engines(
+        self,
+        request: pytest.FixtureRequest,
+        tiny_engine: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> tuple[Path, Path]:
+        from engines.ort.backend import OrtEngine
+
+        failing, healthy = (shutil.copytree(tiny_engine("ort"), tmp_path / name) for name in ("failing", "healthy"))
+        as_before = getattr(OrtEngine, "__init__" if request.param == "load" else "run")
+
+        def broken(engine: OrtEngine, *arguments: Any) -> Any:
+            directory = arguments[0] if request.param == "load" else engine.directory
+            if directory == failing:
+                raise EngineError("the accelerator has no memory left")
+            return as_before(engine, *arguments)
+
+        monkeypatch.setattr(OrtEngine, as_before.__name__, broken)
+        return failing, healthy
+
+    def test_the_others_are_compared_and_the_command_fails(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
+    ) -> None:
+        failing, healthy = engines
+        checkpoint = tiny_checkpoint("bert")
+        options = (f"--checkpoint={checkpoint}", f"--data={checkpoint.parent / 'dev.tsv'}")
+        result = nxm("compare", failing, healthy, *options, "--json")
+        assert result.exit_code == 1, result.output
+        assert f"{failing} failed when it ran, so it was not compared: the accelerator has no memory" in result.stderr
+        ours, theirs = json.loads(result.stdout)
+        assert (ours["engine"], ours["passed"]) == (str(healthy), True)
+        assert (theirs["engine"], theirs["passed"]) == (str(failing), False)
+        assert theirs["failed"] == "the accelerator has no memory left"
+        assert (healthy / "parity.json").is_file()
+        assert not (failing / "parity.json").exists()
+        shown = nxm("compare", healthy, failing, *options)
+        assert "FAILED when they ran" in shown.stdout
+        assert "nxm serve" not in shown.stdout + shown.stderr
+
+    def test_nothing_left_to_compare_fails(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        checkpoint = tiny_checkpoint("bert")
+        alone = nxm("compare", engines[0], f"--checkpoint={checkpoint}", f"--data={checkpoint.parent / 'dev.tsv'}")
+        assert (alone.exit_code, alone.stderr) == (1, "nxm: the accelerator has no memory left\n")
+
+
 class TestRefused:
     """Nothing of this is compared, and nothing is written."""
 

@@ -20,13 +20,13 @@ from engines.parity.reports import (
     PARITY_FILE,
     SCHEMA,
     Comparison,
+    NotCompared,
     ParityReport,
-    Skipped,
     read_parity_report,
     verdict,
 )
 from engines.parity.tolerance import Expectation, OutputParity, compare_output
-from nxm_export.errors import ArtifactError, ParityError
+from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.storage.json_files import as_objects, encode
 
 EXPECTED = np.array([[1.0, -1.0], [3.0, 0.0], [0.0, 2.0]])
@@ -69,7 +69,7 @@ def test_where_nothing_was_compared_nothing_passed() -> None:
         replace(report, outputs=())
     with pytest.raises(ParityError, match="no output of it was compared"):
         replace(report, outputs=(), passed=False).require()
-    nothing = Comparison((), (Skipped("e", "0" * 64, "trt", "no GPU"),))
+    nothing = Comparison((), (NotCompared("e", "0" * 64, "trt", "no GPU"),))
     assert not nothing.passed
     with pytest.raises(ParityError, match="no engine was compared, so none passed"):
         nothing.require()
@@ -108,11 +108,21 @@ def test_every_engine_of_a_comparison_must_pass() -> None:
         if not comparison.passed:
             with pytest.raises(ParityError, match="logits differs from the checkpoint"):
                 comparison.require()
-    absent = Skipped("engines/trt", "2" * 64, "trt", "no GPU")
+    absent = NotCompared("engines/trt", "2" * 64, "trt", "no GPU")
     assert absent.to_dict() == {
         "schema": SCHEMA, "passed": None, "engine": "engines/trt", "engine_sha256": "2" * 64, "backend": "trt",
         "skipped": "no GPU",
     }  # fmt: skip
+
+
+def test_a_comparison_with_an_engine_that_failed_does_not_pass() -> None:
+    failed = NotCompared("engines/trt", "2" * 64, "trt", "no memory", failed=True)
+    comparison = Comparison((report_of(EXPECTED),), (failed,))
+    assert not comparison.passed
+    with pytest.raises(EngineError, match="engines/trt failed when it ran, so it was not compared: no memory"):
+        comparison.require()
+    entry = comparison.to_list()[-1]
+    assert (entry["passed"], entry["failed"], "skipped" in entry) == (False, "no memory", False)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +132,7 @@ def test_every_engine_of_a_comparison_must_pass() -> None:
 def test_a_comparison_says_in_its_record_what_require_says(
     actual: np.ndarray, skipped: int, gates: tuple[str, ...]
 ) -> None:
-    absent = Skipped("engines/trt", "2" * 64, "trt", "no GPU")
+    absent = NotCompared("engines/trt", "2" * 64, "trt", "no GPU")
     comparison = Comparison((report_of(actual),), (absent,) * skipped, gates)
     try:
         comparison.require()

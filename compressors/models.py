@@ -18,7 +18,7 @@ from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.tokenizer_settings import apply_settings, read_tokenizer_settings
-from nxm_export.errors import ArtifactError, DataError
+from nxm_export.errors import ArtifactError, DataError, notice
 from nxm_export.hf.deberta import split_shared_projections, write_out_attention
 from nxm_export.hf.model_loading import Loading, load_pretrained, quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, TaskOutput
@@ -170,6 +170,7 @@ def cut_notice(source: ModelSource, tokenizer: FastTokenizer, task: Task, reques
     )
 
 
+PRUNED = 0.1  # of a matrix: zeros by which it counts as pruned
 PADDED = -1e4  # the logit of padding, where logits compete along the sequence
 
 
@@ -225,4 +226,19 @@ def load_model(
     model = load_pretrained(source.path, source.config, task, loading)
     split_shared_projections(model)
     write_out_attention(model)
+    if classes is None and (pruned := _pruned_notice(model, source)) is not None:
+        notice(pruned)
     return (_as_spans(model) if task.output_kind == "span" else model).to(distributed.device())
+
+
+def _pruned_notice(model: nn.Module, source: ModelSource) -> str | None:
+    """What is said of a model that another tool has pruned; None for others, where hardly a weight is zero."""
+    parameters = dict(model.named_parameters())
+    matrices = [parameters[name] for name in source.family.weights(source.config) if name in parameters]
+    pruned = sum(bool((matrix == 0).float().mean() >= PRUNED) for matrix in matrices)
+    if not pruned:
+        return None
+    return (
+        f"{pruned} of {len(matrices)} matrices of {source.path} are zero in at least {PRUNED:.0%} of their weights, as "
+        "of a pruned model; it counts as the dense one here, and what it lost before is not measured"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from compressors.settings import Settings
 from nxm_export.cli import main
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, Notice
 from nxm_export.pipeline.request import Request
 from nxm_export.pipeline.run import _with_length_of, head_notice
 from tests.support import tiny
@@ -54,6 +55,22 @@ def test_an_embedding_model_needs_its_encoder(tmp_path: Path) -> None:
     without(directory, "bert.embeddings.word_embeddings")
     with pytest.raises(ArtifactError, match="word_embeddings"):
         load_model(resolve(directory), task_named("embedding"))
+
+
+def test_a_model_that_was_pruned_elsewhere_is_used_and_said_to_be_pruned(tmp_path: Path) -> None:
+    directory = tiny.write_model("bert", tmp_path / "model", head="classification")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        load_model(resolve(directory), task_named("classification"))
+    tensors = load_file(directory / "model.safetensors")
+    matrices = [name for name in resolve(directory).family.weights(resolve(directory).config) if "query" in name]
+    for name in matrices:
+        tensors[name][:, ::2] = 0
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.warns(
+        Notice, match=rf"^{len(matrices)} of \d+ matrices of .* are zero in at least 10% of their weights"
+    ):
+        load_model(resolve(directory), task_named("classification"))
 
 
 @pytest.mark.parametrize(

@@ -109,11 +109,7 @@ class Settings:
     )
     steps: int | None = field(
         default=None,
-        metadata={
-            OPTION: Option(
-                "Optimizer steps of compression; wins over --epochs. 0: one-shot, without training.", least=0
-            )
-        },
+        metadata={OPTION: Option("Optimizer steps of compression; wins over --epochs. 0: without training.", least=0)},
     )
     dense_epochs: float = field(
         default=3.0, metadata={OPTION: Option("Epochs of dense fine-tuning, where it is needed.", above=0)}
@@ -154,7 +150,10 @@ class Settings:
             OPTION: Option("Train embedding tables during compression, too.", flag="--train-embeddings", negates=True)
         },
     )
-    precision: str = field(default="auto", metadata={OPTION: Option("Of training.", choices=PRECISIONS)})
+    precision: str = field(
+        default="auto",
+        metadata={OPTION: Option("Of training; auto: bf16 where products are faster in it.", choices=PRECISIONS)},
+    )
     seed: int = field(default=0, metadata={OPTION: Option(least=0, most=2**32 - 1)})
     threads: int | None = field(
         default=None, metadata={OPTION: Option("CPU threads of training.  [default: all cores]", least=1)}

@@ -24,7 +24,7 @@ import numpy as np
 from engines.base import Engine
 from engines.benchmark.latency import paired, rotated
 from engines.parallel_runs import run_batches, runs_at_once
-from nxm_export.contract.choices import TEXT_BATCH
+from nxm_export.contract.choices import TEXT_BATCH, TEXT_ROUNDS
 from nxm_export.contract.token_budget import THREAD_BATCH_TOKENS
 from nxm_export.data.features import Features, length_batches, pad
 from nxm_export.errors import EngineError
@@ -33,7 +33,6 @@ from nxm_export.storage.json_files import to_json_object
 SCHEMA = "nxm-text-bench/1"
 ORDERS = ("arrival", "bucketed", "fixed", "throughput")
 FIXED = 128
-ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def bench_text(
     pad_id: int,
     limit: int,
     batch: int = TEXT_BATCH,
-    rounds: int = ROUNDS,
+    rounds: int = TEXT_ROUNDS,
     for_throughput: Mapping[str, Engine] = MappingProxyType({}),
     others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
 ) -> TextReport:

@@ -159,7 +159,7 @@ class _BuildOptions:
     type=Whole(min=1),
     default=MAX_PROFILES,
     show_default=True,
-    help="At most this many, with --lengths.",
+    help="At most this many, with --lengths, and one more where the model takes longer texts.",
 )
 @batch_tokens_option("Of a profile that is not given by --profile. ")
 @click.option(
@@ -178,7 +178,7 @@ class _BuildOptions:
 @click.option("--level", type=Whole(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option("--workspace", type=Whole(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]")
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path), help="Read this timing cache, too.  [default: the engine's own]"
+    "--timing-cache", type=click.Path(path_type=Path), help="Read this timing cache.  [default: the engine's own]"
 )
 @click.option(
     "--build-route", metavar="OPTIONS", help="Passed to TensorRT 11.1 and later, if it lists each option as public."

@@ -32,6 +32,7 @@ from nxm_export.contract.choices import (
     LOAD_ROUNDS,
     TASK,
     TEXT_BATCH,
+    TEXT_ROUNDS,
     TOKEN_ENCODING,
     TOKEN_ENCODINGS,
 )
@@ -68,7 +69,11 @@ class _BenchOptions:
     help="May be repeated.  "
     f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINEs have fixed]",
 )
-@click.option("--rounds", type=Whole(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
+@click.option(
+    "--rounds",
+    type=Whole(min=1),
+    help=f"[default: {BENCH_ROUNDS}; {TEXT_ROUNDS} with --data, {LOAD_ROUNDS} with --serve]",
+)
 @click.option("--threads", type=Whole(min=1), help="CPU threads.  [default: as built]")
 @click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
 @click.option("--name", help="With --serve: the model's name there.")

@@ -150,7 +150,8 @@ class _SearchOptions:
     "--backend",
     type=Backends(),
     metavar="NAME,...",
-    help=f"{AUTO_BACKEND}, or of {', '.join(BACKEND_NAMES)}: the fastest that passes is kept.  [default: {BACKEND}]",
+    help=f"{AUTO_BACKEND}, or of {', '.join(BACKEND_NAMES)}: the fastest that passes is kept.  "
+    f"[default: {BACKEND} is kept, and others are built where they run: docs/cli.md]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, in what time and size.")
@@ -252,7 +253,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     options = typed(_PlanAndData, values)
     settings = settings_of(Settings, values)
     if not options.train or (settings.trains and not options.dev):
-        raise click.UsageError("missing --train or --dev; only --steps 0 does without --dev")
+        raise click.UsageError("missing --train or --dev; only --steps 0 and --recipe one-shot do without --dev")
     require_plan_alone(plan_file, given_options(_OF_PLANS))
     request = _request(model, options, settings)
     head = _head_of(request)

@@ -34,6 +34,7 @@ TEXT_BATCH = 32  # sentences
 HINTS = ("latency", "throughput")  # what an engine on the CPU is loaded for: one answer soon, or many answers
 HINT = "latency"
 LOAD_ROUNDS = 3
+TEXT_ROUNDS = 7
 TOKEN_ENCODINGS = ("binary", "json")  # of a request's tensors
 TOKEN_ENCODING = "binary"
 # The plan that every matrix gets where no other is given.

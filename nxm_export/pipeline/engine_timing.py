@@ -14,6 +14,7 @@ from nxm_export.contract.choices import (
     BENCH_SHAPES,
     TASK,
     TEXT_BATCH,
+    TEXT_ROUNDS,
     TOKEN_ENCODING,
 )
 from nxm_export.contract.io_spec import load_spec
@@ -184,7 +185,7 @@ def bench_text(
             pad_id=load_spec(paths[0]).pad_id,
             limit=limit,
             batch=batch,
-            rounds=text_throughput.ROUNDS if rounds is None else rounds,
+            rounds=TEXT_ROUNDS if rounds is None else rounds,
             for_throughput=for_throughput,
             others=others or {},
         )

@@ -158,4 +158,4 @@ def test_without_dev_the_first_line_has_the_distance_alone(tmp_path: Path) -> No
     )
     assert first_line("inspect", tmp_path / "out").startswith("A compressed checkpoint: ")
     said = nxm(*command, code=2).stderr
-    assert "only --steps 0 does without --dev" in said
+    assert "only --steps 0 and --recipe one-shot do without --dev" in said

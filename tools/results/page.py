@@ -334,7 +334,10 @@ def _retentions(pool: Pool) -> Iterable[list[str]]:
             below = {-1: "yes", 1: "no", 0: "undecided"}[retention.side(MARGIN)]
             cells, width = pool.cells(row, "dense"), _points(retention.half_width)
             floor = f"{100 * pool.one_answer(cells):.1f}"
-            yield [f"`{row}`", _cells(cells), _estimate(retention), width, below, floor]
+            telling = pool.telling(cells)
+            kept = pool.retention(row, telling)
+            alone = "the same" if telling == cells else GAP if kept is None else _estimate(kept)
+            yield [f"`{row}`", _cells(cells), _estimate(retention), width, below, floor, alone]
 
 
 def _compared(comparison: Comparison) -> list[str]:

@@ -88,12 +88,23 @@ class Pool:
 
     def one_answer(self, cells: Sequence[Cell]) -> float:
         """Pooled retention of what gives every text the most frequent class of dev: what needs no model at all."""
+        return _pooled(cells, lambda cell: float(self._by_one_answer(cell).mean()) / self._accuracy("dense", cell))
 
-        def of(cell: Cell) -> float:
-            counts = np.bincount(self._record("dense", cell).labels)
-            return float(counts.max() / counts.sum()) / self._accuracy("dense", cell)
+    def telling(self, cells: Sequence[Cell]) -> tuple[Cell, ...]:
+        """Those of the cells whose dense model is shown to beat one answer for all: in others there is no accuracy that
+        could be lost, and a model that knows nothing may keep more than all of it."""
+        return tuple(cell for cell in cells if self._margin(cell).side(0.0) > 0)
 
-        return _pooled(cells, of)
+    def _margin(self, cell: Cell) -> Estimate:
+        """Accuracy of the dense model minus that of one answer for all."""
+        ahead = self._right("dense", cell) - self._by_one_answer(cell)
+        drawn = self._drawn([cell], lambda _, counts: np.asarray(counts @ ahead / len(ahead)))
+        return Estimate(float(ahead.mean()), _interval(drawn))
+
+    def _by_one_answer(self, cell: Cell) -> Values:
+        """1 for every text of dev that is of its most frequent class."""
+        labels = self._record("dense", cell).labels
+        return np.asarray(labels == np.bincount(labels).argmax(), np.float64)
 
     def compare(self, row: str, other: str) -> Comparison | None:
         """A row against another; None without a common cell."""

@@ -174,6 +174,16 @@ def test_bits_saved_are_of_the_seeds_that_count(book: Book) -> None:
     assert "| 80.0 % |" in results_table(book.results)
 
 
+def test_the_readme_leaves_out_where_the_dense_model_is_not_shown_to_know_anything(book: Book) -> None:
+    labels = "01" * 20
+    for task, wrong in (("cola", 4), ("rte", 20)):
+        book.write(task, "dense", 0, labels, flipped(labels, *range(wrong)))
+        book.write(task, "obs-2:4+W4-averaged", 0, labels, labels, compressed=compressed(0.8))
+    table = results_table(book.results)
+    assert "| CoLA (1) |" in table
+    assert "RTE" not in table
+
+
 def test_no_words_of_the_readme_lean_on_a_row_that_may_be_missing() -> None:
     """Of a row without a record nothing is shown: "the same, searched" then stood below 1:4."""
     words = [(shown.encoder, shown.words) for shown in SHOWN]

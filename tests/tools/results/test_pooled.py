@@ -149,3 +149,14 @@ def test_one_answer_for_all_is_scored_as_any_row(book: Book) -> None:
     kept = pool.retention("obs-2:4+W4")
     assert kept is not None
     assert pool.one_answer(pool.cells("obs-2:4+W4", "dense")) == pytest.approx(kept.value, abs=1e-12)
+
+
+def test_cells_tell_something_where_the_dense_model_is_shown_to_beat_one_answer(book: Book) -> None:
+    """Twenty texts of each class: one answer is right in half of them."""
+    labels = "01" * 20
+    for seed, wrong in ((0, 4), (1, 20), (2, 18), (3, 40)):
+        book.write("rte", "dense", seed, labels, flipped(labels, *range(wrong)))
+    pool = Pool([book.statistics("rte")])
+    assert pool.telling(pool.cells("dense")) == (("rte", 0),)
+    book.write("sst2", "dense", 0, labels, "0" * 40)  # it is that answer
+    assert Pool([book.statistics("sst2")]).telling([("sst2", 0)]) == ()

@@ -267,9 +267,8 @@ def wants_bf16(precision: str) -> bool:
 def _cpu_gains_by_bf16(capabilities: Mapping[str, object]) -> bool:
     """Whether products of bfloat16 are faster than those of float32 on a CPU of these `capabilities` (PyTorch's).
 
-    It is read from the CPU, not timed: all processes of ``torchrun`` and a resumed run decide alike. The AVX-512 of
-    AMD gains by bfloat16. Intel has AMX for it; where a virtual machine hides that, bfloat16 loses to float32
-    (docs/research-notes.md).
+    It is read from the CPU, not timed: all processes of ``torchrun`` and a resumed run decide alike. Intel has
+    AMX for bfloat16; where a virtual machine hides that, it loses to float32 (docs/research-notes.md).
     """
     if str(capabilities.get("cpu_name", "")).startswith("Intel"):
         return bool(capabilities.get("amx_bf16"))

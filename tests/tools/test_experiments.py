@@ -31,6 +31,7 @@ from tools.experiments import (
     polygraphy_peer,
     silver_tags,
     silver_tasks,
+    training_precision,
     training_variants,
 )
 from tools.experiments.carried_duals import layer_duals
@@ -86,6 +87,16 @@ def test_what_polygraphy_reads_is_set_beside_ours(tmp_path: Path, capsys: pytest
     file = onnx_text.save(text, tmp_path / "model.onnx")
     assert polygraphy_peer.main([str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| model | w: 2:4 | w (one): 2:4, v (two): dense | none |"]
+
+
+def test_steps_in_both_precisions_are_timed_in_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--model", "tiny", "--lengths", "16", "--rounds", "6", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr(sys, "argv", ["training_precision", *more])
+    training_precision.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.partition(":")[0] for line in lines] == ["plain, 32 x 16", "qat with teacher, 32 x 16"]
 
 
 class OneLayer(nn.Module):

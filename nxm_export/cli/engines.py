@@ -102,10 +102,9 @@ def compare(
 
     ENGINEs are compared with the checkpoint that they were made from, and with each other.
 
-    Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
-    GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
-    (3), or when no engine is left (1). An engine that fails when it runs fails the command (1); the others are compared
-    all the same. With --bisect, block by block instead, and exits with 3 when a block parts.
+    Exits with 3 when one differs, a probe fails or a gate does not hold, and with 1 when one fails as it runs. An
+    engine that cannot run here (its runtime or GPU is missing) is skipped with the reason; that fails the command only
+    with --gate (3), or when no engine is left (1). With --bisect, block by block; exits with 3 when a block parts.
     """
     from engines.parity.gates import parse_gate
     from nxm_export.pipeline.engine_comparison import bisect_engines, compare_engines

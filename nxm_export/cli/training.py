@@ -150,8 +150,8 @@ class _SearchOptions:
     "--backend",
     type=Backends(),
     metavar="NAME,...",
-    help=f"{AUTO_BACKEND}, or of {', '.join(BACKEND_NAMES)}: the fastest that passes is kept.  "
-    f"[default: {BACKEND} is kept, and others are built where they run: docs/cli.md]",
+    help=f"{AUTO_BACKEND}, or of {', '.join(BACKEND_NAMES)}: keeps the fastest that passes.  "
+    f"[default: keeps {BACKEND}]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, in what time and size.")

@@ -57,11 +57,12 @@ def test_an_embedding_model_needs_its_encoder(tmp_path: Path) -> None:
         load_model(resolve(directory), task_named("embedding"))
 
 
-def test_a_model_that_was_pruned_elsewhere_is_used_and_said_to_be_pruned(tmp_path: Path) -> None:
-    directory = tiny.write_model("bert", tmp_path / "model", head="classification")
+@pytest.mark.parametrize("task", ["classification", "embedding"])
+def test_a_model_that_was_pruned_elsewhere_is_used_and_said_to_be_pruned(tmp_path: Path, task: str) -> None:
+    directory = tiny.write_model("bert", tmp_path / "model", head=task)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
-        load_model(resolve(directory), task_named("classification"))
+        load_model(resolve(directory), task_named(task))
     tensors = load_file(directory / "model.safetensors")
     matrices = [name for name in resolve(directory).family.weights(resolve(directory).config) if "query" in name]
     for name in matrices:
@@ -70,7 +71,7 @@ def test_a_model_that_was_pruned_elsewhere_is_used_and_said_to_be_pruned(tmp_pat
     with pytest.warns(
         Notice, match=rf"^{len(matrices)} of \d+ matrices of .* are zero in at least 10% of their weights"
     ):
-        load_model(resolve(directory), task_named("classification"))
+        load_model(resolve(directory), task_named(task))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parents[1]
 
@@ -25,9 +27,16 @@ myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]  # headings of the changelog's kind may skip a level
 
 
-def point_outside_links_at_the_clone(_: Sphinx, __: str, source: list[str]) -> None:
-    """A link out of docs/ leads to a file of the clone, which the site does not hold: its name is shown as code."""
-    source[0] = re.sub(r"\[([^\]]*)\]\((?:\.\./)+([\w./-]+)\)", r"\1 (`\2`)", source[0])
+def links_within(page: str, docname: str) -> str:
+    """The text of a page with links to the site alone. What lies out of docs/, a section of it too, is in the clone:
+    its name is shown as code."""
+    up = docname.count("/") + 1
+    return re.sub(rf"\[([^\]]*)\]\((?:\.\./){{{up}}}([\w./-]+)(?:#[\w-]*)?\)", r"\1 (`\2`)", page)
+
+
+def point_outside_links_at_the_clone(_: Sphinx, docname: str, source: list[str]) -> None:
+    """What Sphinx calls with each page that it has read."""
+    source[0] = links_within(source[0], docname)
 
 
 def copy_pictures(app: Sphinx, error: Exception | None) -> None:

@@ -24,14 +24,10 @@ from compressors.process_setup import prepare_process
 from compressors.pruning.layer_inputs import count_with_tokens, require_enough_tokens
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.quantization.prepare_bake import prepare
+from compressors.search.one_shot import MOMENTS_IN_MEMORY
 from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
-from compressors.search.sensitivity import (
-    MOMENTS_IN_MEMORY,
-    Batches,
-    Sensitivity,
-    SensitivityProbe,
-    write_sensitivities,
-)
+from compressors.search.probe import Batches, SensitivityProbe
+from compressors.search.sensitivity import Sensitivity, write_sensitivities
 from compressors.search.settings import SearchSettings
 from compressors.search.weight_options import WeightOptions
 from compressors.settings import REFITTING, Settings

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, Solver
 from compressors.search.knapsack import Latency, choose
-from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
+from compressors.search.one_shot import OneShot
+from compressors.search.probe import Batches, SensitivityProbe
+from compressors.search.sensitivity import Sensitivity, measure
 from compressors.search.settings import MIXES, SearchSettings
 from compressors.search.weight_options import WeightOptions
 from compressors.training.output_divergence import divergence

@@ -9,9 +9,10 @@ from typing import Any
 
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.pruning.layerwise import SECOND_ORDER, Solver
+from compressors.search.one_shot import OneShot
 from compressors.search.plan_search import _batches
 from compressors.search.plan_selection import Selector
-from compressors.search.sensitivity import Batches, OneShot, SensitivityProbe
+from compressors.search.probe import Batches, SensitivityProbe
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.task_data import TaskDataRequest, read_task_data

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.models import load_model, load_tokenizer, resolve
 from compressors.pruning.layer_inputs import Batches, second_moments
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
-from compressors.search import sensitivity
+from compressors.search import one_shot
 from compressors.search.plan_search import _enough, _Runs, _sized, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
 from compressors.search.plan_selection import Trial
@@ -147,7 +147,7 @@ def test_the_table_is_made_from_as_many_tokens_as_refitting_needs(
         read.append(sum(int(batch["attention_mask"].sum()) for batch in batches))
         return second_moments(model, layers, batches)
 
-    monkeypatch.setattr(sensitivity, "second_moments", watched)
+    monkeypatch.setattr(one_shot, "second_moments", watched)
     search_plan(
         desk / "dense",
         task="classification",

@@ -14,7 +14,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from compressors.models import load_model
 from compressors.pruning import layer_inputs
 from compressors.pruning.layerwise import ADMM, MAGNITUDE, SECOND_ORDER, OutputMetric, Solver
-from compressors.search import sensitivity
+from compressors.search import one_shot, probe, sensitivity
 from compressors.search.sensitivity import Sensitivity, measure, read_sensitivities, write_sensitivities
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -212,17 +212,17 @@ def test_the_weights_of_a_block_are_made_together_and_its_moments_let_go(
         asked.append(list(layers))
         return plain(model, layers, batches)
 
-    monkeypatch.setattr(sensitivity, "second_moments", counting)
+    monkeypatch.setattr(one_shot, "second_moments", counting)
     if not fit:
-        monkeypatch.setattr(sensitivity, "MOMENTS_IN_MEMORY", 1)
-    one_shot = opened.one_shot(opened.batches(0, 8), SPECS)
+        monkeypatch.setattr(one_shot, "MOMENTS_IN_MEMORY", 1)
+    made = opened.one_shot(opened.batches(0, 8), SPECS)
     for _ in range(2):
         for option in SPECS:
             for weight in opened.probe.weights:
-                one_shot(weight, option)
+                made(weight, option)
     weights = opened.probe.weights
     assert asked == ([weights] if fit else [weights[:6], weights[6:]])
-    assert not one_shot._moments
+    assert not made._moments
 
 
 def test_a_broken_weight_is_named(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
 def test_inputs_are_quantized_to_the_integers_of_float32_whatever_the_model_computes_in() -> None:
     """Codes from 64 on are closer than twice the step of bfloat16, which would round their quotients first."""
     x, scale = (2 * torch.randn(4000)).bfloat16(), 0.037
-    codes = sensitivity._quantized(x, scale) / scale
+    codes = probe._quantized(x, scale) / scale
     expected = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -128, 127) / scale
     torch.testing.assert_close(codes.round(), expected.round(), rtol=0, atol=0)
 

@@ -14,14 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from compressors.pruning.layer_inputs import Batches
-from compressors.quantization.fake_quant import QuantLinear, quant_linears
+from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import in_float
 from nxm_export.contract.encoder_family import FFN, WIDE, Family
-from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
 
 _REACH = 1.5  # how far beyond the median channel one may reach; 1, 1.5, 3 and 4 were tried (docs/research-notes.md)
 _LARGEST_FACTOR = 1024.0
 _BITS = 8  # of the weights: the rows of narrower ones would lose codes to the columns that grow
+
+
+def readers_to_even(family: Family, config: Mapping[str, object], residual: str = "float") -> list[list[str]]:
+    """The weights that read each tensor that is evened out, if all of them are `evened`: those which the FFN's products
+    read, but for one that the residual (``int8``) reads quantized, too."""
+    tensors = (WIDE,) if residual == "int8" else (FFN, WIDE)
+    return [list(family.readers(block, tensor)) for block in family.blocks(config) for tensor in tensors]
+
+
+def evened(spec: WeightSpec) -> bool:
+    """Whether what a weight of this spec reads is evened out."""
+    return spec.weight_bits == _BITS and spec.input_bits is not None
 
 
 def channel_factors(largest: Tensor) -> Tensor:
@@ -41,23 +53,24 @@ def even_out_channels(
     Left alone are tensors that a weight of other than 8 bits reads, and those that the residual reads quantized, too.
     """
     layers = quant_linears(model)
-    groups = []
-    for block in family.blocks(config):
-        for tensor in (WIDE,) if plan.residual == "int8" else (FFN, WIDE):
-            readers = [layers[name] for name in family.readers(block, tensor) if name in layers]
-            if readers and all(layer.reads is not None and layer.spec.weight_bits == _BITS for layer in readers):
-                groups.append(readers)
+    planned = [
+        [layers[name] for name in names if name in layers] for names in readers_to_even(family, config, plan.residual)
+    ]
+    groups = [readers for readers in planned if readers and all(evened(layer.spec) for layer in readers)]
     if not groups:
         return
-    for readers, largest in zip(groups, _largest(model, [readers[0] for readers in groups], batches), strict=True):
+    with in_float(model):
+        reached = largest_inputs(model, [readers[0] for readers in groups], batches)
+    for readers, largest in zip(groups, reached, strict=True):
         factors = channel_factors(largest)
         if bool((factors > 1).any()):
             for layer in readers:
                 layer.even_out(factors)
 
 
-def _largest(model: nn.Module, layers: Sequence[QuantLinear], batches: Batches) -> list[Tensor]:
-    """The largest |x| (in,) of every channel that each layer reads, padding excluded, without quantizers."""
+@torch.no_grad()
+def largest_inputs(model: nn.Module, layers: Sequence[nn.Linear], batches: Batches) -> list[Tensor]:
+    """The largest |x| (in,) of every channel that each layer reads on `batches`, padding excluded."""
     found = [torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers]
     real = torch.empty(0)
 
@@ -71,11 +84,10 @@ def _largest(model: nn.Module, layers: Sequence[QuantLinear], batches: Batches) 
 
     handles = [layer.register_forward_pre_hook(watch(at)) for at, layer in enumerate(layers)]
     try:
-        with in_float(model):
-            for batch in batches:
-                inputs = {key: value.to(found[0].device) for key, value in batch.items() if key != "labels"}
-                real = inputs["attention_mask"].bool()
-                model(**inputs)
+        for batch in batches:
+            inputs = {key: value.to(found[0].device) for key, value in batch.items() if key != "labels"}
+            real = inputs["attention_mask"].bool()
+            model(**inputs)
     finally:
         for handle in handles:
             handle.remove()

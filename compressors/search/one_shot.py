@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from compressors import distributed
 from compressors.pruning.layer_inputs import by_block, second_moments
 from compressors.pruning.layerwise import OutputMetric, Solution, Solver, metrics
-from compressors.search.probe import Batches, SensitivityProbe, Statistics
+from compressors.quantization.even_channels import evened
+from compressors.search.probe import Batches, InputScale, SensitivityProbe, Statistics
 from nxm_export.contract.plan import WeightSpec
 
 MOMENTS_IN_MEMORY = 2**28  # bytes, at most: layers that read one tensor share its moments
@@ -21,16 +22,19 @@ Options = Mapping[str, Sequence[WeightSpec]]  # what to make, by weight
 @dataclass(frozen=True)
 class Candidate:
     """A weight under an option, in as few bytes as it needs: `values` (out, in) are codes of `scale` (out, 1), or the
-    weight itself where that is None. `errors` (out,) is the mean squared error of every output."""
+    weight itself where that is None. `errors` (out,) is the mean squared error of every output. Where its inputs are
+    evened out, it is made for what comes out of the division by `factors` (in,)."""
 
     values: Tensor
     scale: Tensor | None
     errors: Tensor
+    factors: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) float32."""
-        return self.values.float() if self.scale is None else self.values.float() * self.scale
+        """(out, in) float32, for inputs that are not divided."""
+        weight = self.values.float() if self.scale is None else self.values.float() * self.scale
+        return weight if self.factors is None else weight / self.factors
 
 
 class OneShot:
@@ -38,7 +42,9 @@ class OneShot:
     `batches`.
 
     All `options` of a block are made when the first of them is asked for. One pass over the samples gives its second
-    moments, and those of blocks behind it that fit into memory, too; they are not kept.
+    moments, and those of blocks behind it that fit into memory, too; they are not kept. Where `statistics` say how the
+    inputs of a weight are evened out, its 8-bit options are made for that; for plain inputs, too, where another weight
+    reads the same tensor, as it is evened out for both or for none.
     """
 
     def __init__(
@@ -53,19 +59,27 @@ class OneShot:
         self.options = {
             weight: {replace(option, output_bits=None) for option in specs} for weight, specs in options.items()
         }
-        self._made: dict[tuple[str, WeightSpec], Candidate] = {}
+        self._made: dict[tuple[str, WeightSpec, bool], Candidate] = {}  # the last: whether inputs are evened out
         self._moments: dict[str, Tensor] = {}  # of blocks that the last pass read, too
 
-    def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
-        """(weight (out, in) float32, input scale or None)."""
-        return self.candidate(weight, option).weight, self.statistics[weight].input_scale if option.input_bits else None
+    def __call__(self, weight: str, option: WeightSpec, *, even: bool = True) -> tuple[Tensor, InputScale]:
+        """(weight (out, in) float32, scale of its inputs); without `even`, other weights forbid to even them out."""
+        made, known = self.candidate(weight, option, even=even), self.statistics[weight]
+        if made.factors is not None:
+            assert known.evened is not None
+            return made.weight, known.evened.steps
+        return made.weight, known.input_scale if option.input_bits else None
 
-    def candidate(self, weight: str, option: WeightSpec) -> Candidate:
+    def candidate(self, weight: str, option: WeightSpec, *, even: bool = True) -> Candidate:
         """What became of a weight; `option` is one of its `options`, whatever its output."""
         bare = replace(option, output_bits=None)
-        if (weight, bare) not in self._made:
+        key = weight, bare, even and self._evens(weight, bare)
+        if key not in self._made:
             self._make(self.probe.family.block_of(weight))
-        return self._made[weight, bare]
+        return self._made[key]
+
+    def _evens(self, weight: str, option: WeightSpec) -> bool:
+        return self.statistics[weight].evened is not None and evened(option)
 
     def share(self) -> None:
         """Give every process what any of them has made; all call this together."""
@@ -82,8 +96,22 @@ class OneShot:
             self._moments = second_moments(self.probe.model, _fitting(together), self.batches)
         for weight, metric in metrics({weight: self._moments.pop(weight) for weight in inside}):
             dense, options = inside[weight].weight.detach().float(), sorted(self.options[weight], key=str)
-            for option, solution in zip(options, self.solver.all(dense, metric, options), strict=True):
-                self._made[weight, option] = _candidate(dense, metric, solution)
+            evens = [option for option in options if self._evens(weight, option)]
+            plain = options if self._shares_its_input(weight) else [one for one in options if one not in evens]
+            for option, solution in zip(plain, self.solver.all(dense, metric, plain), strict=True):
+                self._made[weight, option, False] = _candidate(dense, metric, solution)
+            known = self.statistics[weight].evened
+            if known is None or not evens:
+                continue
+            factors = known.factors
+            divided = OutputMetric(metric.raw / (factors[:, None] * factors), metric.damping)
+            grown = dense * factors
+            for option, solution in zip(evens, self.solver.all(grown, divided, evens), strict=True):
+                self._made[weight, option, True] = replace(_candidate(grown, divided, solution), factors=factors)
+
+    def _shares_its_input(self, weight: str) -> bool:
+        family = self.probe.family
+        return len(family.readers(family.block_of(weight), family.linear(weight).reads)) > 1
 
 
 def _fitting(parts: Sequence[Mapping[str, nn.Linear]]) -> dict[str, nn.Linear]:

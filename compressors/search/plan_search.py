@@ -124,6 +124,8 @@ def search(
         progress,
         solver_of(training.recipe),
         read,
+        percentile=training.range_percentile,
+        even=not training.trains,
         bfloat16=wants_bf16(training.precision),
     )
     with claimed(out, work_dir, replace_any=replace_any) as scratch:

@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 
 from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, Solver
+from compressors.quantization.even_channels import evened, readers_to_even
 from compressors.search.knapsack import Latency, choose
 from compressors.search.one_shot import OneShot
 from compressors.search.probe import Batches, SensitivityProbe
 from compressors.search.sensitivity import Sensitivity, measure
 from compressors.search.settings import MIXES, SearchSettings
 from compressors.search.weight_options import WeightOptions
+from compressors.settings import START_PERCENTILE
 from compressors.training.output_divergence import divergence
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import finite
@@ -87,8 +89,10 @@ class Selector(WeightOptions):
     `swaps`), or `paper`.
 
     `solver` makes the weights of every candidate for what layers read on the batches `read` (None: those that
-    calibrate); method ``paper`` takes them by magnitude. Whole plans are judged in bfloat16 where `bfloat16` says so;
-    the table, whose divergences are smaller, is always measured in float32.
+    calibrate); method ``paper`` takes them by magnitude. Ranges of inputs reach to the `percentile` of |x| (None: those
+    of least squared error), and `even` says that channels are evened out (`compressors.quantization.even_channels`), as
+    in a model that is not trained. Whole plans are judged in bfloat16 where `bfloat16` says so; the table, whose
+    divergences are smaller, is always measured in float32.
     """
 
     def __init__(
@@ -102,10 +106,13 @@ class Selector(WeightOptions):
         solver: Solver = SECOND_ORDER,
         read: Batches | None = None,
         *,
+        percentile: float | None = START_PERCENTILE,
+        even: bool = False,
         bfloat16: bool = False,
     ) -> None:
         super().__init__(probe.family, config, settings)
         self.bfloat16 = bfloat16
+        self.to_even = readers_to_even(probe.family, config) if even else []
         self.probe, self.progress = probe, progress
         self.calibration, self.held_out = calibration, held_out
         self.latency = self._latencies()
@@ -113,7 +120,7 @@ class Selector(WeightOptions):
             self._require_reachable(budget)
         self.seconds: dict[str, float] = {}
         with self._timed("statistics"):
-            self.statistics = probe.statistics(calibration, settings.percentile)
+            self.statistics = probe.statistics(calibration, percentile, self.to_even)
             self.compressed = {
                 name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
                 for name, options in zip(self.names, self.options, strict=True)
@@ -272,7 +279,12 @@ class Selector(WeightOptions):
 
     def _outputs(self, choice: Choice) -> list[Tensor]:
         """Logits of every held-out batch, with all weights compressed one-shot as chosen."""
-        weights = {name: self.one_shot(name, spec) for name, spec in self._specs(choice).items() if not spec.is_dense}
+        specs = {name: spec for name, spec in self._specs(choice).items() if not spec.is_dense}
+        uneven = set[str]()
+        for readers in self.to_even:
+            if not all(evened(specs[name]) for name in readers if name in specs):
+                uneven.update(readers)
+        weights = {name: self.one_shot(name, spec, even=name not in uneven) for name, spec in specs.items()}
         with self.probe.installed(weights):
             return self._judged()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN
+from compressors.quantization.even_channels import channel_factors, largest_inputs
 from compressors.quantization.observers import HistogramObserver
 from compressors.training.output_divergence import real_logits
 from nxm_export.contract.encoder_family import Family
@@ -18,6 +19,20 @@ from nxm_export.errors import DataError
 from nxm_export.hf.protocols import TaskOutput
 
 Batches = Sequence[Mapping[str, Tensor]]
+InputScale = float | Tensor | None  # of all inputs of a layer, or of each (in,); None where they are not quantized
+
+
+@dataclass(frozen=True)
+class EvenedInput:
+    """What a layer reads, divided by `factors` (in,), channel by channel, and the static INT8 scale of that."""
+
+    factors: Tensor
+    scale: float
+
+    @property
+    def steps(self) -> Tensor:
+        """The distance between two codes (in,), in units of what comes in."""
+        return self.factors * self.scale
 
 
 @dataclass
@@ -25,11 +40,13 @@ class Statistics:
     """What one pass over the calibration samples tells about a weight's layer.
 
     `fisher` is the mean squared gradient of a sample's loss per output channel (out,), the sum over the runs of a layer
-    that runs several times for one token (shared layers); `input_scale` the static INT8 scale of what it reads.
+    that runs several times for one token (shared layers); `input_scale` the static INT8 scale of what it reads, and
+    `evened` that of evened-out channels (`compressors.quantization.even_channels`), where there are any.
     """
 
     fisher: Tensor
     input_scale: float
+    evened: EvenedInput | None = None
 
 
 class SensitivityProbe:
@@ -53,16 +70,19 @@ class SensitivityProbe:
         assert isinstance(layer, nn.Linear)
         return layer
 
-    def statistics(self, batches: Batches, percentile: float) -> dict[str, Statistics]:
+    def statistics(
+        self, batches: Batches, percentile: float | None, to_even: Sequence[Sequence[str]] = ()
+    ) -> dict[str, Statistics]:
         """Stream the calibration samples (with labels) through the dense model once, forward and backward.
 
-        Raises `DataError` for a model that is broken already: it names the weight that is, or that reads what is no
-        number.
+        Ranges of inputs reach to the `percentile` of |x|; None: those of least squared error. `to_even` are groups of
+        weights that read one tensor each, whose channels can be evened out; that takes one more pass forward. Raises
+        `DataError` for a model that is broken already: it names the weight that is, or that reads what is no number.
         """
         for weight in self.weights:
             if not bool(torch.isfinite(self.layer(weight).weight).all()):
                 raise DataError(f"{weight} holds NaN or infinite values; the model is broken before compression")
-        sums, directions = _Sums(self), torch.Generator().manual_seed(0)
+        sums, directions = _Sums(self, self._factors(batches, to_even)), torch.Generator().manual_seed(0)
         with sums.watching():
             for batch in batches:
                 inputs = {key: value.to(self.device) for key, value in batch.items()}
@@ -79,6 +99,14 @@ class SensitivityProbe:
         self.model.zero_grad(set_to_none=True)
         return sums.statistics(percentile)
 
+    def _factors(self, batches: Batches, groups: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """By weight, what evens out its inputs (in,); without those whose channels need nothing."""
+        if not groups:
+            return {}
+        largest = largest_inputs(self.model, [self.layer(names[0]) for names in groups], batches)
+        found = {name: channel_factors(one) for names, one in zip(groups, largest, strict=True) for name in names}
+        return {name: factors for name, factors in found.items() if bool((factors > 1).any())}
+
     @staticmethod
     def _loss(output: TaskOutput, directions: torch.Generator) -> Tensor:
         """The task's loss, a mean over samples. Embeddings have none; the mean squared gradient of a random direction's
@@ -89,7 +117,7 @@ class SensitivityProbe:
         return (output.logits * direction).sum(-1).mean()
 
     @contextmanager
-    def installed(self, weights: Mapping[str, tuple[Tensor, float | None]]) -> Iterator[None]:
+    def installed(self, weights: Mapping[str, tuple[Tensor, InputScale]]) -> Iterator[None]:
         """Inside the block, the given weights are in the model, and layers with a scale quantize their input."""
         with ExitStack() as stack:
             for name, (value, scale) in weights.items():
@@ -149,12 +177,13 @@ class SensitivityProbe:
 class _Sums:
     """Streaming sums of a statistics pass."""
 
-    def __init__(self, probe: SensitivityProbe) -> None:
-        self.probe = probe
+    def __init__(self, probe: SensitivityProbe, factors: Mapping[str, Tensor]) -> None:
+        self.probe, self.factors = probe, factors
         self.tokens: Tensor | None = None
         self.count = 0  # tokens
         self.fisher: dict[str, Tensor] = {}
         self.observers: dict[str, HistogramObserver] = {}
+        self.evened: dict[str, HistogramObserver] = {}
         self.leader = {weight: self._leader(weight) for weight in probe.weights}
 
     def _leader(self, weight: str) -> str:
@@ -174,10 +203,16 @@ class _Sums:
             yield
 
     def _forward(self, weight: str) -> Callable[..., None]:
-        observer = self.observers[weight] = HistogramObserver(weight)
+        observer, factors = HistogramObserver(weight), self.factors.get(weight)
+        self.observers[weight] = observer
+        if factors is not None:
+            self.evened[weight] = HistogramObserver(weight)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            observer.observe(args[0].detach()[self.tokens].float())  # (tokens, in)
+            x = args[0].detach()[self.tokens].float()  # (tokens, in)
+            observer.observe(x)
+            if factors is not None:
+                self.evened[weight].observe(x / factors)
 
         return hook
 
@@ -188,7 +223,7 @@ class _Sums:
 
         return hook
 
-    def statistics(self, percentile: float) -> dict[str, Statistics]:
+    def statistics(self, percentile: float | None) -> dict[str, Statistics]:
         if not self.count:
             raise DataError("the calibration set is empty; give at least one sample that is not padding")
         silent = [weight for weight in self.leader if weight not in self.fisher]
@@ -197,15 +232,17 @@ class _Sums:
                 f"{silent[0]} never runs when the model reads text, so a search can measure nothing of it; compress "
                 f"the model without one, and with --keep-dense '{silent[0]}'"
             )
+        scales = {one: observer.scale(ACTIVATION_QMAX, percentile) for one, observer in self.observers.items()}
+        evened = {
+            one: EvenedInput(self.factors[one], observer.scale(ACTIVATION_QMAX, percentile))
+            for one, observer in self.evened.items()
+        }
         return {
-            weight: Statistics(
-                self.fisher[weight] / self.count,
-                self.observers[leader].scale(ACTIVATION_QMAX, percentile),
-            )
+            weight: Statistics(self.fisher[weight] / self.count, scales[leader], evened.get(leader))
             for weight, leader in self.leader.items()
         }
 
 
-def _quantized(x: Tensor, scale: float) -> Tensor:
+def _quantized(x: Tensor, scale: float | Tensor) -> Tensor:
     """In float32, as training quantizes: bfloat16 would round the quotient to other integers."""
     return torch.round(x.float() / scale).clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX) * scale

@@ -88,7 +88,6 @@ class SearchSettings:
     seed: int = field(default=0, metadata={OPTION: Option(least=0, most=2**32 - 1)})
     # No options from here on.
     batch_size: int = 8  # so few samples differ too much in length for larger ones: padding would cost a fifth
-    percentile: float = 99.99
     latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     latency_source: LatencySource | None = None
 

@@ -15,6 +15,7 @@ from compressors.models import load_model
 from compressors.pruning import layer_inputs
 from compressors.pruning.layerwise import ADMM, MAGNITUDE, SECOND_ORDER, OutputMetric, Solver
 from compressors.search import one_shot, probe, sensitivity
+from compressors.search.probe import InputScale
 from compressors.search.sensitivity import Sensitivity, measure, read_sensitivities, write_sensitivities
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -53,7 +54,7 @@ def table_of(
 class Slow(nn.Module):
     """A linear layer under a replaced weight and a quantized input, written as the definition says."""
 
-    def __init__(self, linear: nn.Linear, weight: Tensor, scale: float | None) -> None:
+    def __init__(self, linear: nn.Linear, weight: Tensor, scale: InputScale) -> None:
         super().__init__()
         self.weight, self.bias, self.scale = weight, linear.bias, scale
 
@@ -64,7 +65,7 @@ class Slow(nn.Module):
 
 
 @torch.no_grad()
-def slow_kl(opened: Probed, weight: str, value: Tensor, scale: float | None) -> float:
+def slow_kl(opened: Probed, weight: str, value: Tensor, scale: InputScale) -> float:
     """sum p log(p/q) per sample, from whole forward passes of a model loaded anew, without any hook."""
     dense, changed = (load_model(opened.source, task_named("classification")).eval() for _ in range(2))
     path, _, child = weight.removesuffix(".weight").rpartition(".")

@@ -33,7 +33,7 @@ PYTHON_ONLY = {
         *("dense_freeze_embeddings", "admm_share", "dual_updates", "damping", "strength", "residual_gate"),
         *("sr_ste_share", "sr_ste_decay", "losses", "calibration_samples", "percentile"),
     },
-    SearchSettings: {"batch_size", "percentile", "latencies", "latency_source"},
+    SearchSettings: {"batch_size", "latencies", "latency_source"},
     ModelOptions: {"lengths", "expect_sha256"},  # which --buckets and --expect-sha256 give as texts
     ServerOptions: {"requests", "connections"},
     RequestLimits: set(),

@@ -16,7 +16,7 @@ from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, RawExamples, encode, index_of
 from nxm_export.data.features import Features, Label, split_indices
-from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled, unlabelled
+from nxm_export.data.label_kinds import LABELS, Classes, classes_of, labelled, load_labelled, unlabelled
 from nxm_export.data.more_text import MoreText, read_more_text, text_hash
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
@@ -77,8 +77,7 @@ def read_task_data(
         raise DataError(f"the train limit is a number of samples, at least 1; got {request.train_limit}")
     head = source.classes() if source.head_fits(task) else None
     raw = load_labelled(request.train, "train", columns, task, head, texts_alone=request.texts_alone)
-    blank = request.texts_alone and not has_labels(raw)
-    if blank:  # the head's classes are known without them
+    if request.texts_alone:  # the head's classes are known without labels
         classes = dev_classes = None if head is None else Classes(tuple(head), index_of(head))
         examples = unlabelled(raw.texts, raw.pairs, raw.source, task)
     else:
@@ -106,7 +105,7 @@ def read_task_data(
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)
         require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
-    threshold = _no_answer(source, task, None if blank else examples, scored)
+    threshold = _no_answer(source, task, None if request.texts_alone else examples, scored)
     if request.train_limit is not None:
         examples = examples.sample(request.train_limit, settings.seed)
 
@@ -120,7 +119,7 @@ def read_task_data(
         more = [_without_label(sample, examples.labels[0]) for sample in tokens(others)]
         facts = MoreTextFacts(len(others), request.more_text.share, text_hash(others))
     train = tokens(examples)
-    if blank and LABELS[task.label].per_token:
+    if request.texts_alone and LABELS[task.label].per_token:
         train = [_without_label(sample, []) for sample in train]
     held_out = [] if scored is None else tokens(scored)
     if scored is None and request.holds_out:

@@ -142,12 +142,13 @@ def load_raw(
     label: Cell | None = None,
     tokens: Callable[[DataRow, str, str], tuple[str, ...]] | None = None,
     unlabelled: bool = False,
+    reads_labels: bool = True,
 ) -> RawExamples:
     """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
 
     `label` reads a cell (row, column, place), by default as text; where `tokens` reads the text's, the usual columns
-    are those of texts that are split into tokens, and with `unlabelled` a file need not have labels. See
-    `nxm_export.data.label_kinds.load_labelled` for the data of a task.
+    are those of texts that are split into tokens. With `unlabelled` a file need not have labels, and without
+    `reads_labels` nothing looks for them. See `nxm_export.data.label_kinds.load_labelled` for the data of a task.
     """
     path = Path(source)
     if not path.is_file() and source.lower() in GLUE_TASKS:
@@ -164,7 +165,7 @@ def load_raw(
     if tokens is not None:
         first = only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text-column")
         split_texts = [tokens(row, first, place) for place, row in rows]
-        if unlabelled and not (columns.label or set(TAG_COLUMNS) & set(names)):
+        if not reads_labels or (unlabelled and not (columns.label or set(TAG_COLUMNS) & set(names))):
             tags: list[RawLabel] = [None] * len(rows)
         else:
             third = only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
@@ -172,9 +173,8 @@ def load_raw(
             tags = [read_label(row, third, place) for place, row in rows]
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
     first, second = text_columns(columns, names, path)
-    labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
     third_ = None
-    if labelled:
+    if reads_labels and (not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)):
         flag = f"--label-column{_columns_of_classes(rows, names)}"
         third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", flag)
     require_distinct((first, second, third_), path)

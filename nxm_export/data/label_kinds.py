@@ -85,35 +85,30 @@ def load_labelled(
     """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line.
 
     Labels that the map of `columns` names are what it says. Rows without a label (-1, unless the `head` or the map has
-    a class of that name) and without tokens are left out. With `texts_alone` a file may have no column of labels;
-    answers are then not read at all, so that questions without one tell nothing of the model.
+    a class of that name) and without tokens are left out. With `texts_alone` labels are not read, whatever they are:
+    rows without one are calibration text like any other, and questions without an answer tell nothing of the model.
     """
     kind = LABELS[task.label]
-    if texts_alone and kind.load is None and not kind.per_token:
-        raw = load_raw(source, split, columns, label=kind.cell, unlabelled=True)
-        if not has_labels(raw):
-            return _require_pairs(raw, task, kind.separate) if kind.pairs else raw
     if columns.label_map and (kind.names is None or kind.load is not None):
         raise DataError(f"{source}: task {task.name} has no classes that labels could stand for; drop --label-map")
+    if texts_alone:
+        return load_unlabelled(source, columns, task)
     if kind.load is not None:
-        return load_unlabelled(source, columns, task) if texts_alone else kind.load(source, columns)
+        return kind.load(source, columns)
     if kind.pairs:
         plain = kind.separate and split == "train"
         raw = _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=True), task, plain)
-        return raw if plain or has_labels(raw) else load_raw(source, split, columns, label=kind.cell)
+        return raw if plain or _has_labels(raw) else load_raw(source, split, columns, label=kind.cell)
     if not kind.per_token:
-        raw = load_raw(source, split, columns, label=kind.cell)
-        if not any(text.strip() for text in (*raw.texts, *(raw.pairs or ()))):
-            raise DataError(f"{raw.source}: every text is empty; name the column that has them with --text-column")
+        raw = _require_text(load_raw(source, split, columns, label=kind.cell))
         if kind.names is None:
             return raw
         raw = _separated(raw, head or ()) if kind.several else raw
         mapped = _mapped(_without_hot_rows(raw), columns.label_map)
         return _without_unlabelled(mapped, {*columns.label_map.values(), *_as_labels(head or ())})
-    if columns.pair is not None:
-        raise DataError(f"{source}: task {task.name} takes one text; drop --pair-column")
-    raw = load_raw(source, split, columns, label=kind.cell, tokens=_tokens, unlabelled=texts_alone)
-    return _mapped(_aligned(raw), columns.label_map) if has_labels(raw) else _with_tokens(raw)
+    _require_no_pair_column(source, columns, task)
+    raw = load_raw(source, split, columns, label=kind.cell, tokens=_tokens)
+    return _mapped(_aligned(raw), columns.label_map)
 
 
 def load_unlabelled(source: str, columns: Columns, task: Task) -> RawExamples:
@@ -123,19 +118,35 @@ def load_unlabelled(source: str, columns: Columns, task: Task) -> RawExamples:
     if kind.load is not None:
         return load_questions(source, columns, answered=False)
     if kind.per_token:
-        return _with_tokens(load_raw(source, "train", columns, label=_none, tokens=_tokens, unlabelled=True))
-    raw = load_raw(source, "train", columns, label=_none, unlabelled=True)
-    return _require_pairs(raw, task, kind.separate) if kind.pairs else raw
+        _require_no_pair_column(source, columns, task)
+        return _with_tokens(load_raw(source, "train", columns, tokens=_tokens, reads_labels=False))
+    raw = load_raw(source, "train", columns, reads_labels=False)
+    return _require_pairs(raw, task, kind.separate) if kind.pairs else _require_text(raw)
+
+
+def _require_text(raw: RawExamples) -> RawExamples:
+    if not any(text.strip() for text in (*raw.texts, *(raw.pairs or ()))):
+        raise DataError(f"{raw.source}: every text is empty; name the column that has them with --text-column")
+    return raw
+
+
+def _require_no_pair_column(source: str, columns: Columns, task: Task) -> None:
+    if columns.pair is not None:
+        raise DataError(f"{source}: task {task.name} takes one text; drop --pair-column")
 
 
 def unlabelled(texts: list[str], pairs: list[str] | None, source: str, task: Task) -> Examples:
-    """Examples without labels: theirs are NaN, or no answers, which say nothing of whether a model may give none."""
-    if LABELS[task.label].load is not None:
+    """Examples without labels, as the model reads them: theirs are NaN, or no answers, which say nothing of whether a
+    model may give none. What is scored together is a group, as with labels."""
+    kind, none = LABELS[task.label], [math.nan] * len(texts)
+    if kind.load is not None:
         return Examples(texts, pairs, [()] * len(texts), source, encoder=windows)
-    return Examples(texts, pairs, [math.nan] * len(texts), source)
+    if kind.separate and pairs is not None:
+        return _separate(texts, pairs, none, source)
+    return Examples(texts, pairs, none, source, groups=_by_query(texts) if task.label == "relevance" else None)
 
 
-def has_labels(raw: RawExamples) -> bool:
+def _has_labels(raw: RawExamples) -> bool:
     """Whether any row of a file has a label."""
     return any(label is not None for label in raw.labels)
 
@@ -251,9 +262,13 @@ def _with_pair_score(raw: RawExamples, _: Mapping[str, int]) -> Examples:
         return Examples(raw.texts, None, [math.nan] * len(raw.texts), raw.source)
     scored = all(label is not None for label in raw.labels)
     scores = scores_of(raw) if scored else [math.nan] * len(raw.texts)
-    texts = [text for pair in zip(raw.texts, raw.pairs, strict=True) for text in pair]
-    groups = [i for i in range(len(raw.texts)) for _ in range(2)]
-    return Examples(texts, None, [scores[i] for i in groups], raw.source, groups=groups)
+    return _separate(raw.texts, raw.pairs, scores, raw.source)
+
+
+def _separate(texts: Sequence[str], pairs: Sequence[str], scores: Sequence[float], source: str) -> Examples:
+    singles = [text for pair in zip(texts, pairs, strict=True) for text in pair]
+    groups = [i for i in range(len(texts)) for _ in range(2)]
+    return Examples(singles, None, [scores[i] for i in groups], source, groups=groups)
 
 
 def _with_relevance(raw: RawExamples, _: Mapping[str, int]) -> Examples:
@@ -266,9 +281,14 @@ def _with_relevance(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     highest = max(grades)
     if highest == 0:
         raise DataError(f"{raw.source}: no document is relevant to its query; is --label-column the right one?")
-    numbers = {query: i for i, query in enumerate(dict.fromkeys(raw.texts))}
-    shares, groups = [[grade / highest] for grade in grades], [numbers[query] for query in raw.texts]
-    return Examples(raw.texts, raw.pairs, shares, raw.source, groups=groups)
+    shares = [[grade / highest] for grade in grades]
+    return Examples(raw.texts, raw.pairs, shares, raw.source, groups=_by_query(raw.texts))
+
+
+def _by_query(queries: Sequence[str]) -> list[int]:
+    """The candidates of an equal query are a group."""
+    numbers = {query: i for i, query in enumerate(dict.fromkeys(queries))}
+    return [numbers[query] for query in queries]
 
 
 def _used(raw: RawExamples) -> set[str]:
@@ -358,10 +378,6 @@ def _strings(row: DataRow, column: str, place: str, what: str) -> tuple[str, ...
     return tuple(  # texts as they are; numbers as labels are written
         (text_of if isinstance(item, str) else label_text)({column: item}, column, place) for item in value
     )
-
-
-def _none(_: DataRow, __: str, ___: str) -> None:
-    """A label that is not read."""
 
 
 def _tokens(row: DataRow, column: str, place: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 from nxm_export.contract.tasks import Task
@@ -60,7 +60,7 @@ def read_more_text(
         raise DataError(f"{source}: no text is left beside those of the dev data; leave --more-text out")
     firsts = [first for first, _ in left]
     seconds = [second for _, second in left] if any(second for _, second in left) else None
-    return unlabelled(firsts, seconds, source, task)
+    return replace(unlabelled(firsts, seconds, source, task), groups=None)  # nothing of them is scored
 
 
 def text_hash(examples: Examples) -> str:

@@ -12,7 +12,7 @@ from nxm_export.contract.checkpoint import float32_bytes
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.quantizer_placement import droppable_outputs
-from nxm_export.data.label_kinds import classes_of, has_labels, labelled, load_labelled, read_by_model
+from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.more_text import read_more_text
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import notice
@@ -158,7 +158,7 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
     train = load_labelled(request.train, "train", request.columns, task, head, texts_alone=texts_alone)
     dev = load_labelled(request.scored_on, "dev", request.columns, task, head)
     classes = None
-    if has_labels(train) or not texts_alone:
+    if not texts_alone:
         classes = classes_of(train, task, head)
         labelled(train, task, classes)
     dev_classes = classes_of(dev, task, head) if fits else classes

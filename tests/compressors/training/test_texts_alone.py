@@ -100,17 +100,51 @@ def test_what_dev_and_the_model_say_of_no_answer_still_counts(tmp_path: Path) ->
     assert data.no_answer_threshold == 0.0
 
 
-def test_tags_that_are_there_are_read_and_training_needs_labels(tmp_path: Path) -> None:
+NO_LABELS = {  # by task, what stands in a column of labels and is none of them
+    "classification": "-1",
+    "multi-label": "none; of these",
+    "regression": "?",
+    "embedding": "-",
+    "reranking": "0",
+}
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("labels", ["strange", "left out"])
+def test_labels_are_not_read_where_nothing_learns_from_them(task: str, labels: str, tmp_path: Path) -> None:
+    """Each text of the file is a sample, as the model reads it."""
+    source, kind = resolve(tiny.write_model("bert", tmp_path / "model", head=task, layers=1)), TASKS[task]
+    train, dev = tiny.write_data(tmp_path, task)
+    tokenizer, request = load_tokenizer(source), TaskDataRequest(kind, str(train), str(dev))
+    expected = read_task_data(source, request, tokenizer, SETTINGS)
+    file = tmp_path / f"changed{train.suffix}"
+    if train.suffix == ".jsonl":
+        column = "tags" if task == "token-classification" else "answers"
+        rows = [json.loads(line) for line in train.read_text().splitlines()]
+        changed = [{name: value for name, value in row.items() if name != column} for row in rows]
+        if labels == "strange":
+            changed = [{**row, column: ["B-NONE"]} for row in changed]
+        file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    else:
+        header, *lines = [line.split("\t") for line in train.read_text().splitlines()]
+        for cells in lines:
+            cells[-1] = NO_LABELS[task]
+        if labels == "left out":
+            for cells in (header, *lines):
+                del cells[-1]
+        file.write_text("".join("\t".join(cells) + "\n" for cells in (header, *lines)))
+    alone = read_task_data(source, replace(request, train=str(file), texts_alone=True), tokenizer, SETTINGS)
+    for part in ("input_ids", "token_type_ids", "group"):
+        assert [sample.get(part) for sample in alone.train] == [sample.get(part) for sample in expected.train]
+    assert alone.dev == expected.dev
+
+
+def test_training_needs_tags_and_all_need_tokens(tmp_path: Path) -> None:
     source = resolve(tiny.write_model("bert", tmp_path / "model", head="token-classification", layers=1))
     train, dev = tiny.write_data(tmp_path, "token-classification")
     texts, task = without(train, "tags"), TASKS["token-classification"]
-    train.write_text('{"tokens": ["good", "film"], "tags": ["B-NONE", "O"]}\n')
-    for request, said in (
-        (TaskDataRequest(task, str(train), str(dev), texts_alone=True), "'B-NONE' is none of the model's classes"),
-        (TaskDataRequest(task, str(texts), str(dev)), "none of the usual tag columns"),
-    ):
-        with pytest.raises(DataError, match=said):
-            read_task_data(source, request, load_tokenizer(source), SETTINGS)
+    with pytest.raises(DataError, match="none of the usual tag columns"):
+        read_task_data(source, TaskDataRequest(task, str(texts), str(dev)), load_tokenizer(source), SETTINGS)
     texts.write_text('{"tokens": []}\n')
     with pytest.raises(DataError, match="no sentence has a token"):
         read_task_data(

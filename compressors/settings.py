@@ -54,8 +54,8 @@ class Settings:
 
     What is None depends on the task and the model: see `compressors.training.default_recipe`. `augment` is the share of
     distorted ones, for the teacher alone to answer, among the training samples but for the first of every batch. An
-    INT8 output that costs more than `output_limit` by itself (`compressors.training.output_sensitivity`) stays in
-    float; None: all are INT8.
+    INT8 output that costs a sample more than `output_limit` by itself (`compressors.training.output_sensitivity`) stays
+    in float; None: all are INT8.
     """
 
     recipe: str = field(
@@ -97,8 +97,8 @@ class Settings:
         default=0.005,
         metadata={
             OPTION: Option(
-                "The most that one INT8 output into residual, rotation or gate may cost, in nats; a costlier one "
-                "stays in float. inf: all INT8.",
+                "The most that one INT8 output into residual, rotation or gate may cost a sample, in nats; a costlier "
+                "one stays in float. inf: all INT8.",
                 least=0,
                 infinity_is_none=True,
             )
@@ -186,8 +186,14 @@ class Settings:
             raise DataError(f"calibration samples must be at least 1, got {self.calibration_samples}")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
             raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
-        if self.augment and (not self.distill or self.recipe == "paper"):
-            raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")
+        if self.augment and not (self.trains and self.has_teacher):
+            why = "nothing is distilled" if self.trains else "nothing is trained"
+            raise DataError(f"augmented samples have no labels, and {why}; leave --augment out")
+        if self.recipe == "paper" and not self.freeze_embeddings:
+            raise PlanError(
+                "--recipe paper trains the compressed matrices alone; leave --train-embeddings out, or take another "
+                "recipe"
+            )
         if self.percentile is not None and not 0 < self.percentile <= 100:
             raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
 
@@ -205,6 +211,11 @@ class Settings:
         """Whether compression takes optimizer steps at all."""
         return self.recipe != "one-shot" and self.steps != 0
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model teaches, where anything is trained."""
+        return self.distill and self.recipe != "paper"
+
     def require_dev(self, dev: str | None) -> None:
         """Raise `DataError` where something is trained and no `dev` data say what came of it."""
         if dev is None and self.trains:
@@ -215,7 +226,7 @@ class Settings:
 
     def require_taught(self, option: str) -> None:
         """Raise `DataError` where no teacher answers the texts without labels that `option` brings."""
-        if not self.trains or not self.distill or self.recipe == "paper":
+        if not (self.trains and self.has_teacher):
             why = "nothing is distilled" if self.trains else "nothing is trained"
             raise DataError(
                 f"{option} brings texts without labels for the dense model to answer, and {why}; leave it out"

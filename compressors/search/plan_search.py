@@ -53,7 +53,7 @@ from nxm_export.contract.records.search_result import (
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.columns import Columns
 from nxm_export.data.features import Features, sorted_batches, split_indices
-from nxm_export.errors import ArtifactError, DataError
+from nxm_export.errors import ArtifactError, DataError, notice
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart
 from nxm_export.storage.json_files import encode
@@ -107,10 +107,11 @@ def search(
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind)
     require_counted_alike(dense, data, train)
+    _notice_unpriced(training)
     probe = SensitivityProbe(dense, source.family, source.config, kind.output_kind)
     judged, known = (_batches(part, data.pad_id, settings.batch_size) for part in (held_out, rest[: settings.samples]))
     read = known
-    if training.recipe in REFITTING:
+    if settings.method != "paper" and training.recipe in REFITTING:
         widths = {weight: wide for weight, (_, wide) in source.family.weights(source.config).items()}
         samples = _enough(rest, settings, max(widths.values()))
         require_enough_tokens(widths, samples)
@@ -155,6 +156,16 @@ def require_searchable(source: ModelSource, settings: SearchSettings, training: 
     WeightOptions(source.family, source.config, settings)
 
 
+def _notice_unpriced(training: Settings) -> None:
+    """Say which choices of a compression run no plan is judged by."""
+    asked = {"--permute": training.permute, "--mask-scores": training.mask_scores != "magnitude"}
+    if unpriced := [option for option, given in asked.items() if given]:
+        notice(
+            f"the search judges plans without {' and '.join(unpriced)}: by masks from |W| alone, with channels in "
+            "their own order; what the run makes of the best plan may cost less"
+        )
+
+
 def solver_of(recipe: str) -> Solver:
     """What makes the weights that a candidate is judged by: a draft of the recipe's own start; for recipes that find
     masks in training, second-order pruning stands for what they will find."""
@@ -165,7 +176,7 @@ def _sized(settings: SearchSettings, source: ModelSource, data: TaskData, recipe
     """The settings with both numbers of samples, for a run that trains on `trained` in all."""
     blocks, shapes = len(source.family.blocks(source.config)), source.family.weights(source.config).values()
     solving = 0.0
-    if recipe in REFITTING and data.train:
+    if settings.method != "paper" and recipe in REFITTING and data.train:
         tokens = float(np.mean([len(sample["input_ids"]) for sample in data.train]))
         passes = min(blocks, -(-4 * sum(wide**2 for _, wide in shapes) // MOMENTS_IN_MEMORY))
         read = TOKENS_PER_INPUT * max(wide for _, wide in shapes) * (passes + 1)  # and their products
@@ -306,7 +317,7 @@ class _Runs:
         if training.freeze_embeddings:
             freeze_embeddings(model)
         losses = training_of(training, task, size_of(source.config, source.family.hidden_key)).losses
-        student = Student(model, losses, self.dense if training.distill else None, None, task.output_kind)
+        student = Student(model, losses, self.dense if training.has_teacher else None, None, task.output_kind)
         student.to(distributed.device())
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
         size = max(1, training.batch_size // distributed.world_size())

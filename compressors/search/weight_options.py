@@ -16,11 +16,13 @@ _IMPOSSIBLE = 2**60  # cost of an option that a weight does not allow: no budget
 class WeightOptions:
     """What every weight of a model can become, what that costs, and the budgets in bits, all known without its weights.
 
-    Raises `PlanError` for candidates that a weight does not allow, and for a budget that they do not reach.
+    Raises `PlanError` for a placement that the family has no room for, for candidates that a weight does not allow, and
+    for a budget that they do not reach.
     """
 
     def __init__(self, family: Family, config: Mapping[str, object], settings: SearchSettings) -> None:
         self.family, self.settings = family, settings
+        family.require_placement(family.uniform_plan(config, WeightSpec.parse("W8"), placement=settings.placement))
         self.shapes = family.weights(config)
         self.names = list(self.shapes)
         self.candidate_specs = [WeightSpec.parse(text) for text in dict.fromkeys(settings.candidate_specs)]

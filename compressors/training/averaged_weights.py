@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
@@ -23,13 +23,17 @@ class AveragedWeights(nn.Module):
     them.
 
     `span` is over how many steps it reaches back: weights of that many steps ago count for about 1 / e of the newest.
-    Of a single step or less, it is the weights of the last. The model is held outside the module tree.
+    Of a single step or less, it is the weights of the last. While fewer steps than that were taken, it is their plain
+    mean: the weights before the first step count for nothing. The model is held outside the module tree.
     """
+
+    steps: Tensor
 
     def __init__(self, model: nn.Module, span: float) -> None:
         super().__init__()
         self._trained = [[parameter for parameter in model.parameters() if parameter.requires_grad]]
-        self.weight = 1 / max(span, 1.0)  # of the newest
+        self.span = max(span, 1.0)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.trained[0].device))
         for number, parameter in enumerate(self.trained):
             self.register_buffer(str(number), parameter.detach().clone())
 
@@ -38,16 +42,23 @@ class AveragedWeights(nn.Module):
         """The parameters that are averaged."""
         return self._trained[0]
 
+    @property
+    def averages(self) -> list[Tensor]:
+        """Those of the parameters, in their order."""
+        return [self.get_buffer(str(number)) for number in range(len(self.trained))]
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the parameters as they are: (1 - weight) * average + weight * parameter."""
-        for parameter, average in zip(self.trained, self.buffers(), strict=True):
-            average.lerp_(parameter, self.weight)
+        self.steps += 1
+        weight = max(1 / self.span, 1 / int(self.steps))
+        for parameter, average in zip(self.trained, self.averages, strict=True):
+            average.lerp_(parameter, weight)
 
     @torch.no_grad()
     def put(self) -> None:
         """Make the average the parameters."""
-        for parameter, average in zip(self.trained, self.buffers(), strict=True):
+        for parameter, average in zip(self.trained, self.averages, strict=True):
             parameter.copy_(average)
 
 

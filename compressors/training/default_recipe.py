@@ -43,7 +43,7 @@ def training_of(settings: Settings, task: Task, width: int, *, more_text: bool =
     step that a layer's output takes under Adam grows with the number of its inputs (Yang et al. 2022, arXiv
     2203.03466).
     """
-    taught = settings.distill and settings.recipe != "paper"
+    taught = settings.has_teacher
     augment = settings.augment
     if augment is None:
         augment = _DISTORTED.augment if taught and task.name == "classification" else 0.0

@@ -39,7 +39,8 @@ def output_costs(
     """By weight: mean divergence per sample that its output quantizer brings by itself, against none of `outputs`
     quantized.
 
-    In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are
+    In nats for classes, summed over a sample's tokens or labels, relative to the squared size for vectors and to the
+    variance for scores. The samples are
     distorted ones (`compressors.training.augmentation`) of `features`: of those that it was trained on a model is too
     sure for a change to show. `student` is prepared and calibrated, and comes back as it was. `progress` hears
     ("outputs", done, of how many). Raises `DataError` where answers or costs are no numbers, as the cost of the scores

@@ -56,6 +56,7 @@ from nxm_export.hf.protocols import TaskOutput
 from nxm_export.progress import Progress
 
 Layers = Mapping[str, QuantLinear]
+_FEW = 10  # at most one sample of so many is held out
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Job:
         self.training = training_of(settings, data.task, width, more_text=bool(data.more_text))
         # A slice of train that no phase trains on: it tells what fixing the masks would cost, and dev is never asked.
         held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
-        if not rest:  # a single group, which is not divided
-            held_out, rest = [], held_out
+        if len(held_out) * _FEW > len(data.train):  # few large groups, which are not divided
+            held_out, rest = [], list(range(len(data.train)))
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
         shapes = source.family.weights(source.config)
@@ -179,7 +180,7 @@ class Job:
         return student
 
     def _teacher(self) -> nn.Module | None:
-        if not self.settings.distill or self.settings.recipe == "paper":
+        if not self.settings.has_teacher:
             return None
         return load_model(self.source, self.data.task).requires_grad_(False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 from compressors.models import ModelSource, cut_notice, max_length
 from compressors.settings import Settings
@@ -16,7 +15,15 @@ from nxm_export.contract.tasks import Task
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, RawExamples, encode, index_of
 from nxm_export.data.features import Features, Label, split_indices
-from nxm_export.data.label_kinds import LABELS, Classes, classes_of, labelled, load_labelled, unlabelled
+from nxm_export.data.label_kinds import (
+    LABELS,
+    Classes,
+    classes_of,
+    labelled,
+    load_labelled,
+    read_by_model,
+    unlabelled,
+)
 from nxm_export.data.more_text import MoreText, read_more_text, text_hash
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
@@ -101,7 +108,7 @@ def read_task_data(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
                 "name the columns with --text-column and --pair-column"
             )
-        _notice_shared_texts(raw, raw_dev)
+        _notice_shared_texts(raw, raw_dev, task)
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)
         require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
@@ -170,13 +177,13 @@ def _without_label(sample: Features, like: Label | str) -> Features:
 SHARED = 0.1  # of the dev texts: published data sets have a few twins
 
 
-def _notice_shared_texts(train: RawExamples, dev: RawExamples) -> None:
+def _notice_shared_texts(train: RawExamples, dev: RawExamples, task: Task) -> None:
     """Say so where dev texts are trained on: their score is then no evidence for new texts."""
-    known = set(zip(train.texts, train.pairs or repeat(None), strict=False))
-    shared = sum(text in known for text in zip(dev.texts, dev.pairs or repeat(None), strict=False))
-    if shared > SHARED * len(dev.texts):
+    known, judged = set(read_by_model(train, task)), read_by_model(dev, task)
+    shared = sum(text in known for text in judged)
+    if shared > SHARED * len(judged):
         notice(
-            f"{dev.source}: {shared} of {len(dev.texts)} texts are in {train.source}, too; a score on texts that a "
+            f"{dev.source}: {shared} of {len(judged)} texts are in {train.source}, too; a score on texts that a "
             "model was trained on says little about new ones"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from compressors.models import load_model, load_tokenizer, resolve
 from compressors.pruning.layer_inputs import Batches, second_moments
 from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.search import one_shot
-from compressors.search.plan_search import _enough, _Runs, _sized, _typical_batches, solver_of
+from compressors.search.plan_search import _enough, _notice_unpriced, _Runs, _sized, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
 from compressors.search.plan_selection import Trial
 from compressors.search.settings import SearchSettings
@@ -257,6 +258,38 @@ def test_compress_refuses_a_plan_for_another_model_before_it_trains(desk: Path, 
     assert result.exit_code == 1
     assert "the plan is for a bert model, this model is roberta" in result.output
     assert {path.name for path in tmp_path.iterdir()} == {"other", "roberta"}
+
+
+def test_the_papers_search_reads_as_little_text_as_its_masks_need(desk: Path, tmp_path: Path) -> None:
+    """They are those of the largest weights, whatever the recipe; no solver asks for many tokens."""
+    header, *rows = (desk / "train.tsv").read_text().splitlines()
+    same = {label: next(row for row in rows if row.endswith(label)) for label in ("0", "1")}
+    (tmp_path / "few.tsv").write_text("\n".join([header, *(40 * list(same.values()))]) + "\n")
+    command = ("search", desk / "dense", "--train", tmp_path / "few.tsv", "--candidates", "2:4+W4,W4", *QUICK)
+    refused = nxm(*command, "--out", tmp_path / "ours")
+    assert refused.exit_code == 1
+    assert "--recipe obs takes fewer" in " ".join(refused.output.split())
+    result = nxm(*command, "--out", tmp_path / "theirs", "--method", "paper")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"permute": True}, "without --permute: "),
+        (
+            {"recipe": "magnitude", "mask_scores": "activation", "permute": True},
+            "without --permute and --mask-scores: ",
+        ),
+    ],
+)
+def test_what_no_plan_is_judged_by_is_said(changes: dict[str, Any], said: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _notice_unpriced(Settings(**changes))
+    assert len(caught) == (said is not None)
+    assert said is None or said in str(caught[0].message)
 
 
 def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:

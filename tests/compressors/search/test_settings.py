@@ -1,14 +1,20 @@
-"""The latency table of a search: read as numbers by role and option, or refused by field."""
+"""What a search is asked: its latency table, read as numbers by role and option or refused by field; its placement."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from compressors.models import resolve
 from compressors.search.settings import MIN_SAMPLES, SearchSettings
+from compressors.search.weight_options import WeightOptions
+from nxm_export.contract.plan import PLACEMENTS, WeightSpec
 from nxm_export.contract.records.latency_table import LatencySource, LatencyTable, read_latencies
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, PlanError
+from tests.support import tiny
+from tests.support.tiny import FAMILIES
 
 
 def test_milliseconds_are_numbers_by_role_and_option(tmp_path: Path) -> None:
@@ -44,6 +50,23 @@ def test_another_table_is_refused(text: str, message: str, tmp_path: Path) -> No
     (tmp_path / "ms.json").write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match=rf"{message}.*a latency table is JSON, \{{role: "):
         read_latencies(tmp_path / "ms.json")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_placement_that_no_plan_of_a_family_can_have_is_refused_before_anything_is_measured(
+    family: str, placement: str, tmp_path: Path
+) -> None:
+    source = resolve(tiny.write_model(family, tmp_path / "model", head="classification", layers=1))
+    settings, plan = SearchSettings(placement=placement, compression=0.5), None
+    with suppress(PlanError):
+        plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"), placement=placement)
+        source.family.require_placement(plan)
+        WeightOptions(source.family, source.config, settings)
+        return
+    with pytest.raises(PlanError):
+        WeightOptions(source.family, source.config, settings)
+    assert family == "deberta-v2"
 
 
 def test_what_solving_takes_is_taken_from_the_samples() -> None:

@@ -44,14 +44,17 @@ class Watch(TrainerCallback):
 
 
 def averaged(seen: list[Tensor], decay: float) -> Tensor:
-    """The average of a list of weights, the first being where it starts."""
-    average = seen[0].double()
-    for weights in seen[1:]:
+    """The average of a list of weights, without the first, which no step has made: of the first few, the plain mean."""
+    count = math.floor(1 / (1 - decay) + 1e-9)
+    average = torch.stack(seen[1 : 1 + count]).double().mean(dim=0)
+    for weights in seen[1 + count :]:
         average = decay * average + (1 - decay) * weights.double()
     return average
 
 
-@pytest.mark.parametrize(("steps", "share", "decay"), [(20, 0.25, 0.8), (20, 0.0, 0.0), (4, 0.125, 0.0)])
+@pytest.mark.parametrize(
+    ("steps", "share", "decay"), [(20, 0.25, 0.8), (20, 1.0, 0.95), (20, 0.0, 0.0), (4, 0.125, 0.0)]
+)
 def test_a_phase_leaves_the_average_of_its_steps(tmp_path: Path, steps: int, share: float, decay: float) -> None:
     """A share of less than one step, and none, leave the weights of the last step."""
     samples: list[Features] = [

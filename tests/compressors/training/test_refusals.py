@@ -102,6 +102,11 @@ def test_settings_refuse_nonsense() -> None:
         Settings(admm="joint")
     with pytest.raises(PlanError, match="scores weights itself"):
         Settings(mask_scores="activation")
+    with pytest.raises(PlanError, match="leave --train-embeddings out"):
+        Settings(recipe="paper", freeze_embeddings=False)
+    for untaught in ({"steps": 0}, {"recipe": "one-shot"}, {"distill": False}, {"recipe": "paper"}):
+        with pytest.raises(DataError, match=r"nothing is (trained|distilled); leave --augment out"):
+            Settings(augment=0.5, **untaught)
     with pytest.raises(DataError, match="percentile"):
         Settings(percentile=0.0)
     with pytest.raises(DataError, match="at least 1"):

@@ -38,6 +38,17 @@ def test_texts_of_both_files_are_counted(tmp_path: Path, shared: int, pairs: boo
     assert said is None or f"dev.tsv: {said} are in " in notices[0]
 
 
+def test_sentences_of_a_pair_count_by_themselves_where_a_model_reads_them_so(tmp_path: Path) -> None:
+    """Trained on sentences, scored on pairs of the same: every one of them is known."""
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="embedding"))
+    (tmp_path / "train.tsv").write_text("sentence\ngood film\ngood plot\nlong film\n", encoding="utf-8")
+    dev = "sentence1\tsentence2\tscore\ngood film\tgood plot\t0.2\nlong film\tlong plot\t0.5\n"
+    (tmp_path / "dev.tsv").write_text(dev, encoding="utf-8")
+    request = TaskDataRequest(TASKS["embedding"], str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"))
+    with pytest.warns(Notice, match=r"dev.tsv: 3 of 4 texts are in .*train.tsv"):
+        read_task_data(source, request, load_tokenizer(source), Settings())
+
+
 def test_the_second_text_counts(tmp_path: Path) -> None:
     """The same first texts with other second ones are other samples."""
     source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))

@@ -426,6 +426,7 @@ SEARCH_TRAINING_OPTIONS = options(
         "cost is compared with.",
     ),
     setting_option(Settings, "epochs", help="Epochs of that compression run."),
+    setting_option(Settings, "steps", help="Its optimizer steps; wins over --epochs. 0: nothing will be trained."),
     setting_option(Settings, "seed"),
     setting_option(Settings, "threads", help=None),
 )

@@ -272,7 +272,19 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @command(
     "nxm search my-model --train train.tsv --compression 0.875 --out searched",
     "nxm search my-model --train train.tsv --candidates 2:4+W8,W8,dense --out found",
-    common=("train", "out", "task", "compression", "bytes", "counting", "candidate_specs", "recipe", "epochs", "seed"),
+    common=(
+        "train",
+        "out",
+        "task",
+        "compression",
+        "bytes",
+        "counting",
+        "candidate_specs",
+        "recipe",
+        "epochs",
+        "steps",
+        "seed",
+    ),
 )
 @click.argument("model")
 @TASK_OPTION
@@ -301,6 +313,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
     if options.latency_table is not None:
         table = read_latencies(options.latency_table)
         changes = {"latencies": table.milliseconds, "latency_source": table.source}
+    training = settings_of(Settings, values)
     of_compression = click.get_current_context().get_parameter_source("compression")
     if options.bytes is not None and of_compression is ParameterSource.DEFAULT:
         changes["compression"] = None  # either of them is the budget
@@ -311,7 +324,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             train=train,
             out=out,
             settings=settings_of(SearchSettings, values, **changes),
-            training=settings_of(Settings, values),
+            training=training,
             columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
             train_limit=options.train_limit,
             progress=progress,
@@ -320,8 +333,10 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
     def show() -> None:
         click.echo(first_lines.of_search(result))
         print_search(result, out, everything=options.everything)
+        asked = "" if training.recipe == Settings.recipe else f" --recipe {training.recipe}"
+        asked += "" if training.steps is None else f" --steps {training.steps}"
         plan = quoted(out / "plan.json")
-        print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN")
+        print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN{asked}")
 
     show_result(result.to_dict, json, show)
 

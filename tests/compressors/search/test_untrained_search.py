@@ -24,7 +24,9 @@ from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.phases import freeze_masks
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.records.search_result import read_search_result
 from nxm_export.contract.tasks import task_named
+from tests.compressors.search.commands import QUICK, nxm
 from tests.support.probing import Probed, probed
 
 CANDIDATES = ("W8", "2:4+W8", "W4", "dense")
@@ -115,6 +117,15 @@ def test_a_plan_is_judged_as_the_model_that_it_makes(family: str, choice: str, m
 def table(directory: Path) -> dict[tuple[str, str], float]:
     with (directory / "sensitivity.csv").open(newline="") as stream:
         return {(row["weight"], row["option"]): float(row["kl"]) for row in csv.DictReader(stream)}
+
+
+def test_the_command_line_says_that_nothing_will_be_trained(models: Callable[[str], Probed], tmp_path: Path) -> None:
+    dense, out = models("bert").source.path, tmp_path / "out"
+    command = ("search", dense, "--train", dense.parent / "data" / "train.tsv", "--out", out, *QUICK)
+    result = nxm(*command, "--steps", "0", "--recipe", "obs")
+    assert result.exit_code == 0, result.output
+    assert " --out RUN --recipe obs --steps 0" in " ".join(result.output.split())
+    assert read_search_result(out / "search.json").cost.share_of_full_run is None
 
 
 def test_a_search_knows_whether_its_plan_is_going_to_be_trained(

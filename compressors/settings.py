@@ -186,9 +186,8 @@ class Settings:
             raise DataError(f"calibration samples must be at least 1, got {self.calibration_samples}")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
             raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
-        if self.augment and not (self.trains and self.has_teacher):
-            why = "nothing is distilled" if self.trains else "nothing is trained"
-            raise DataError(f"augmented samples have no labels, and {why}; leave --augment out")
+        if self.augment and not self.has_teacher:
+            raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")
         if self.recipe == "paper" and not self.freeze_embeddings:
             raise PlanError(
                 "--recipe paper trains the compressed matrices alone; leave --train-embeddings out, or take another "

@@ -77,19 +77,31 @@ def gate_state(directory: Path, passport: EnginePassport) -> str:
 
     Raises `ArtifactError` where there is no room to open the report: it may say anything.
     """
+    if failed_report(directory, passport) is not None:
+        return "failed"
     if not (directory / PARITY_FILE).exists():
         return "unchecked"
+    report = read_parity_report(directory / PARITY_FILE)
+    compared = (report.engine_sha256, report.contents_sha256)
+    return "passed" if compared == (passport.engine_sha256, passport.contents_sha256) else "unchecked"
+
+
+def failed_report(directory: Path, passport: EnginePassport) -> Path | None:
+    """The parity report beside an engine, where it says that this very engine failed; None where it does not.
+
+    One that cannot be read vouches for nothing, and counts as such. Raises `ArtifactError` where there is no room to
+    open it.
+    """
+    file = directory / PARITY_FILE
+    if not file.exists():
+        return None
     try:
-        report = read_parity_report(directory / PARITY_FILE)
+        report = read_parity_report(file)
     except ArtifactError as error:
         if is_without_room(error):
             raise
-        return "failed"  # a report that cannot be read vouches for nothing
-    if report.engine_sha256 != passport.engine_sha256:
-        return "unchecked"
-    if not report.passed:
-        return "failed"
-    return "passed" if report.contents_sha256 == passport.contents_sha256 else "unchecked"
+        return file
+    return file if report.engine_sha256 == passport.engine_sha256 and not report.passed else None
 
 
 def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:

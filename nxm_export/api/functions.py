@@ -331,10 +331,10 @@ def diagnose(
 
 
 def show(run_directory: str | Path) -> RunSummary:
-    """The summary of a run that is complete."""
-    from nxm_export.contract.records.run_summary import read_summary
+    """The summary of a run that is complete; an engine that failed a later comparison has not passed in it."""
+    from nxm_export.pipeline.later_comparisons import summary_now
 
-    return read_summary(run_directory)
+    return summary_now(run_directory)
 
 
 def report(

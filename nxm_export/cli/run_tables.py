@@ -161,7 +161,7 @@ def print_summary(summary: RunSummary, everything: bool = False) -> None:
 
 
 def _verdict(summary: RunSummary) -> list[str]:
-    """What a run came to, in two sentences."""
+    """What a run came to, in two sentences, and where to look for what failed."""
     differing = [name for name, report in summary.parity.items() if not report.passed]
     if differing:
         engines = f"FAILED: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''} from the checkpoint."
@@ -177,7 +177,8 @@ def _verdict(summary: RunSummary) -> list[str]:
     if (chosen := summary.chosen) is not None:
         engines += f" Kept: {chosen.name}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
-    rest = [*_dense_not_shown(summary), *_mixed_versions(summary)]
+    rest = [f"See {summary.artifacts[f'parity {name}']}." for name in differing]
+    rest += [*_dense_not_shown(summary), *_mixed_versions(summary)]
     if low is None or high is None:
         return [engines, f"{quality}.", *rest]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"

@@ -223,9 +223,9 @@ def init(model: str | None, out: Path, force: bool, json: bool) -> None:
 @json_option
 def show(run_directory: Path, everything: bool, json: bool) -> None:
     """Print the final tables of a run again."""
-    from nxm_export.contract.records.run_summary import read_summary
+    from nxm_export.pipeline.later_comparisons import summary_now
 
-    summary = read_summary(run_directory)
+    summary = summary_now(run_directory)
     show_result(summary.to_dict, json, lambda: print_summary(summary, everything))
 
 

@@ -18,6 +18,7 @@ from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.records.run_summary import NO_CHOICE, ChosenEngine
 from nxm_export.data.features import Features
 from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.pipeline.later_comparisons import failed_file
 from nxm_export.pipeline.run_engines import GRAPHS, RunBackends, RunEngine
 from nxm_export.pipeline.summary import BENCH_FILE, BuildResults
 from nxm_export.progress import Progress
@@ -102,7 +103,11 @@ def compare_built(
     progress: Progress,
 ) -> BuildResults:
     """Compare every engine with its checkpoint; what cannot run here is `missing` in what is returned, and what fails
-    where it runs is `failed`."""
+    where it runs is `failed`.
+
+    A comparison replaces the report beside the engine, as `nxm compare` does. One that is up to date is not made again:
+    what somebody found of that engine since stays, and decides (see `nxm_export.pipeline.later_comparisons`).
+    """
     from engines.parity.compare import OUTPUTS_FILE, compare
     from engines.parity.reports import PARITY_FILE
 
@@ -189,8 +194,8 @@ def in_own_process(module: str, *arguments: str) -> str:
 def choose_engine(
     directory: RunDir, engines: Sequence[RunEngine], built: BuildResults, backends: RunBackends
 ) -> ChosenEngine:
-    """The engine that the run's numbers are about: of the candidates that compute what the checkpoint computes, the one
-    of the fastest backend. Where none does, the first, which then fails the run.
+    """The engine that the run's numbers are about: of the candidates that compute what the checkpoint computes, and did
+    not fail a later comparison, the one of the fastest backend. Where none does, the first, which then fails the run.
 
     Raises `EngineUnavailable` where no candidate was built and compared.
     """
@@ -205,10 +210,13 @@ def choose_engine(
             left_out[backend] = why
             continue
         compared.append(backend)
-        if read_parity_report(directory.path("compare", name, PARITY_FILE)).passed:
-            passing.append(backend)
-        else:
+        later = failed_file(directory.path("engines", name))  # of a comparison that the run did not make
+        if not read_parity_report(directory.path("compare", name, PARITY_FILE)).passed:
             left_out[backend] = "it does not compute what the checkpoint computes"
+        elif later is not None:
+            left_out[backend] = f"{later} says that it failed a later comparison"
+        else:
+            passing.append(backend)
     if not compared:
         reasons = "; ".join(f"{backend}: {why}" for backend, why in left_out.items())
         raise EngineUnavailable(f"no engine of {', '.join(backends.candidates)} runs here ({reasons})")

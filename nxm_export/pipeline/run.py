@@ -25,7 +25,7 @@ from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
-from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
+from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary
 from nxm_export.contract.tasks import task_named
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.errors import DataError, EngineUnavailable, notice
@@ -33,6 +33,7 @@ from nxm_export.pipeline.early_refusals import require_more_text, require_possib
 from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose_engine, compare_built, drop_others
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.labelled_texts import features_of
+from nxm_export.pipeline.later_comparisons import summary_now
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 from nxm_export.pipeline.request import Request
 from nxm_export.pipeline.run_engines import RunBackends, RunGraph, engines_of, graphs_of, run_backends
@@ -95,7 +96,7 @@ def run(
             inputs=summarized_files(directory, built),
             options=summary.to_dict(),
         )
-    return read_summary(directory.root)  # as JSON gives it back: what run returns is what show reads
+    return summary_now(directory.root)  # as JSON gives it back: what run returns is what show reads
 
 
 def compress_model(

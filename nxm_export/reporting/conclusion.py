@@ -9,7 +9,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from nxm_export.reporting.run_facts import EngineEntry, Run
+from nxm_export.reporting.engine_facts import EngineEntry
+from nxm_export.reporting.run_facts import Run
 from nxm_export.reporting.tables import Code
 from nxm_export.reporting.verdicts import (
     ABSENT,
@@ -80,10 +81,10 @@ def _state(answers: dict[str, Verdict]) -> str:
 
 
 def _why_not_served(engine: EngineEntry, answers: dict[str, Verdict]) -> str:
+    if engine.failed_by:
+        return f"{engine.name} failed the comparison with its checkpoint ({engine.failed_by}): do not serve it."
     if engine.parity is None:
         return f"{engine.name} was not compared with its checkpoint: compare it before you serve it."
-    if engine.parts_in or not engine.parity.content.passed:
-        return f"{engine.name} failed the comparison with its checkpoint: do not serve it."
     if answers["sparse"].state == BAD:
         return "A stored matrix breaks the pattern of its plan: do not serve it."
     if engine.bytes is None:
@@ -95,10 +96,10 @@ def _parity(engine: EngineEntry) -> Clause:
     name: Clause = (Code(engine.name),)
     if engine.passport is not None:
         name = (*name, f" (backend {engine.passport.content.backend})")
+    if engine.failed_by:
+        return (*name, " failed the comparison with its checkpoint (", Code(engine.failed_by), ")")
     if engine.parity is None:
         return (*name, " was not compared with its checkpoint")
-    if engine.parts_in or not engine.parity.content.passed:
-        return (*name, " does not compute what its checkpoint computes")
     return (*name, " computes what its checkpoint computes, within the measured tolerance")
 
 

@@ -116,10 +116,10 @@ def _draw_latency(axes: Axes, timings: Sequence[Timing], names: Sequence[str]) -
 def parity(run: Run) -> Picture | None:
     """Errors of every output against what is tolerated, on a logarithmic axis."""
     outputs = [
-        (f"{engine.name}, {output.output}", errors)
+        (f"{name}, {output.output}", errors)
         for engine in run.engines
-        if engine.parity
-        for output in engine.parity.content.outputs
+        for name, report in engine.comparisons
+        for output in report.content.outputs
         if (errors := _errors(output))
     ]
     if not outputs:

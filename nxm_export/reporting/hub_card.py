@@ -21,8 +21,9 @@ from nxm_export.contract.checkpoint import PLAN_FILE
 from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError
+from nxm_export.reporting.engine_facts import EngineEntry
 from nxm_export.reporting.figures import Figure, RunFile, Shown
-from nxm_export.reporting.run_facts import EngineEntry, Run, read_checkpoint, read_engine_directory, read_run
+from nxm_export.reporting.run_facts import Run, read_checkpoint, read_engine_directory, read_run
 from nxm_export.reporting.verdicts import (
     COUNTED,
     Piece,
@@ -100,6 +101,7 @@ def render(source: Path, origins: Origins = Origins()) -> str:
     samples = samples or (run.compressed.figure("dev_samples") if run.compressed else None)
     counted = [(counting, compression(run, counting), COUNTED[counting]) for counting in COUNTINGS]
     scored = compressed_value(run)
+    comparisons = [comparison for e in run.engines for comparison in e.comparisons]
     return (
         _environment()
         .get_template("card.md.j2")
@@ -121,8 +123,8 @@ def render(source: Path, origins: Origins = Origins()) -> str:
             secondary=list(_secondary(run, engine)),
             compression=[(counting, _text(figure, "share"), what) for counting, figure, what in counted if figure],
             engines=[_engine(e, e.passport.content) for e in run.engines if e.passport is not None],
-            parity=[row for e in run.engines if e.parity for row in _parity(e.name, e.parity)],
-            reasons=dict.fromkeys(e.parity.content.reason for e in run.engines if e.parity),
+            parity=[row for name, report in comparisons for row in _parity(name, report)],
+            reasons=dict.fromkeys(report.content.reason for _, report in comparisons),
             verdicts=[_verdict(v) for v in verdicts(run) if v.state != "absent"],
             training=_training(run),
             **_usage(run, engine),

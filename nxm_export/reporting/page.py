@@ -100,7 +100,10 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
             matrices=[table for table in matrix_tables(run) if table.rows],
             parity=[table for table in parity_tables(run) if table.rows],
             reasons=dict.fromkeys(
-                engine.parity.content.reason for engine in run.engines if engine.parity and engine.parity.content.reason
+                report.content.reason
+                for engine in run.engines
+                for _, report in engine.comparisons
+                if report.content.reason
             ),
             bench_notes=list(_bench_notes(run)),
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from nxm_export.reporting.engine_facts import EngineEntry
 from nxm_export.reporting.figures import Figure, Key, RunFile
-from nxm_export.reporting.run_facts import EngineEntry, Run
+from nxm_export.reporting.run_facts import Run
 from nxm_export.reporting.tables import Cell, Code, PageTable, of, or_dash, pair
 from nxm_export.reporting.verdicts import metric
 
@@ -28,14 +29,14 @@ _REST_ROWS = 200  # of one comparison; what is beyond stays in its file
 
 def parity_tables(run: Run) -> Iterator[PageTable]:
     """All of them; one without rows is not shown."""
-    compared = [(engine, engine.parity) for engine in run.engines if engine.parity is not None]
+    compared = [comparison for engine in run.engines for comparison in engine.comparisons]
     yield PageTable(
         "Parity: engine against its own checkpoint in PyTorch, same samples",
         (
             "engine", "output", "#equal argmax", "#max |diff| of tolerated", "#mean |diff| of tolerated",
             "#equal samples", "#cosine", "#flips beyond tolerance", f"#{metric(run)}", "verdict",
         ),
-        [row for engine, report in compared for row in _outputs(run, engine.name, report)],
+        [row for name, report in compared for row in _outputs(run, name, report)],
     )  # fmt: skip
     yield PageTable(
         "Engines against each other, same samples: two that round differently differ lawfully",
@@ -52,29 +53,30 @@ def parity_tables(run: Run) -> Iterator[PageTable]:
     )
     secondary = [
         (
-            Code(engine.name),
-            name,
-            or_dash(report.figure("secondary_metrics", name, 0), "score"),
-            or_dash(report.figure("secondary_metrics", name, 1), "score"),
+            Code(name),
+            of_task,
+            or_dash(report.figure("secondary_metrics", of_task, 0), "score"),
+            or_dash(report.figure("secondary_metrics", of_task, 1), "score"),
         )
-        for engine, report in compared
-        for name in report.content.secondary_metrics
+        for name, report in compared
+        for of_task in report.content.secondary_metrics
     ]
     yield PageTable("Other metrics of the task", ("engine", "metric", "#checkpoint", "#engine"), secondary)
-    yield from _probe_tables([row for engine, report in compared for row in _probes(engine.name, report)])
+    yield from _probe_tables([row for name, report in compared for row in _probes(name, report)])
     yield PageTable(
         "Gates that were asked for",
         ("engine", "gate", "#actual", "#limit", "verdict", "what is asked"),
-        [row for engine, report in compared for row in _gates(engine.name, report)],
+        [row for name, report in compared for row in _gates(name, report)],
     )
-    for engine, report in compared:
+    for name, report in compared:
         rest = list(_rest(report))[:_REST_ROWS]
-        caption = f"{engine.name}: what else its parity.json says"
+        caption = f"{name}: what else its parity.json says"
         yield PageTable(caption, ("what", "value"), rest, folded=f"{caption} ({len(rest)} values)")
 
 
 def _outputs(run: Run, name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:
-    """A row for each output of a comparison, with the summary's numbers where it has them."""
+    """A row for each output of a comparison, with the summary's numbers where it has them: under the names of engines,
+    which a comparison that the run did not make does not stand under."""
     outputs = report.content.outputs
     value = run.figure("parity", name, "value") or report.figure("engine_value")
     for number, output in enumerate(outputs):

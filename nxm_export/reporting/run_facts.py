@@ -7,7 +7,6 @@ with its passport; a comparison with the engine that it names. What does not agr
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,23 +29,17 @@ from nxm_export.contract.records.train_log import TRAIN_LOG_FILE, TrainLogLine, 
 from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, NxmError
+from nxm_export.reporting.engine_facts import PASSPORT, EngineEntry, read_engine, worst_output
 from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
-from nxm_export.reporting.run_files import Files
+from nxm_export.reporting.run_files import Files, joined
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.run_dir import MANIFEST, Manifest, RunDir, StageRecord
 
 if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
-    from engines.parity.bisect_reports import BisectReport, BlockParity
-    from engines.parity.reports import ParityReport
-    from engines.passport import EnginePassport
-    from engines.sparsity.sparsity_report import SparsityReport, WeightSparsity
-
-    Judged = TypeVar("Judged", ParityReport, BisectReport)
 
 Metrics = TypeVar("Metrics", DenseMetrics, CompressionMetrics)
-PASSPORT = "passport.json"
 SUMMARY = f"{DIRECTORY}/{SUMMARY_FILE}"
 
 
@@ -66,38 +59,6 @@ class GraphEntry:
     name: str
     bytes: Figure | None
     verify: RunFile[VerifyReport] | None
-
-
-@dataclass(frozen=True)
-class EngineEntry:
-    """One engine directory, or a comparison whose engine is gone.
-
-    `bisection` has errors per encoder block, where somebody looked for them; `sparsity` says which matrix runs sparse,
-    on which kernel, None where the backend has no sparse kernels.
-    """
-
-    name: str
-    passport: RunFile[EnginePassport] | None
-    bytes: Figure | None
-    parity: RunFile[ParityReport] | None
-    bisection: RunFile[BisectReport] | None
-    sparsity: SparsityReport | None
-    sparse_kernels: bool = False  # its backend has them
-
-    @property
-    def parts_in(self) -> str | None:
-        """The first block that a bisection found to part from the checkpoint."""
-        return self.bisection.content.first_diverging if self.bisection else None
-
-    @property
-    def blocks(self) -> tuple[BlockParity, ...]:
-        """The blocks of the bisection, if there is one."""
-        return self.bisection.content.blocks if self.bisection else ()
-
-    @property
-    def matrices(self) -> tuple[WeightSparsity, ...]:
-        """What is known of each matrix's kernel."""
-        return tuple(self.sparsity.weights) if self.sparsity else ()
 
 
 @dataclass(frozen=True)
@@ -253,7 +214,7 @@ def _benches(files: Files) -> Iterator[RunFile[BenchReport]]:
 
 
 def _spec(files: Files, directory: str) -> IOSpec | None:
-    spec = files.decoded(_join(directory, "spec.json"), lambda file: load_spec(file.parent))
+    spec = files.decoded(joined(directory, "spec.json"), lambda file: load_spec(file.parent))
     return spec.content if spec else None
 
 
@@ -314,80 +275,6 @@ def _engines(files: Files, stages: Iterable[str]) -> Iterator[EngineEntry]:
     compared = [file.split("/")[1] for file in _below(files.root, "compare", "*/parity.json")]
     for name in _in_order(list(dict.fromkeys([*names, *compared])), stages, "build"):
         yield read_engine(files, name, f"engines/{name}", [f"compare/{name}", f"engines/{name}"])
-
-
-def read_engine(files: Files, name: str, directory: str, evidence: list[str]) -> EngineEntry:
-    """One engine `directory` below the root of `files`; `evidence` are directories that may hold its comparison."""
-    from engines.base import BACKENDS, backend
-    from engines.parity.bisect_reports import BISECT_FILE, read_bisect_report
-    from engines.parity.reports import PARITY_FILE, read_parity_report
-    from engines.passport import load_passport
-
-    passport = files.decoded(_join(directory, PASSPORT), lambda file: load_passport(file.parent))
-    reports = [files.decoded(_join(place, PARITY_FILE), read_parity_report) for place in evidence]
-    parity = next(filter(None, reports), None)
-    bisections = [files.decoded(_join(place, BISECT_FILE), read_bisect_report) for place in evidence]
-    size, sparsity, sparse_kernels = None, None, False
-    if passport is not None:
-        size = _checked_engine(files, directory, passport.content)
-        parity = _of_this_engine(files, parity, passport)
-        bisections = [_of_this_engine(files, bisection, passport) for bisection in bisections]
-        runtime = passport.content.backend
-        sparse_kernels = runtime in BACKENDS and backend(runtime).CAPABILITIES.sparse_kernels
-        sparsity = _sparsity(files, directory, runtime) if sparse_kernels else None
-    bisection = next(filter(None, bisections), None)
-    return EngineEntry(name, passport, size, parity, bisection, sparsity, sparse_kernels)
-
-
-def _checked_engine(files: Files, directory: str, passport: EnginePassport) -> Figure | None:
-    """Bytes of the engine file that a passport names, None where it is missing; another file is a doubt."""
-    file = _join(directory, passport.engine)
-    size = files.size(file)
-    if size is None:
-        files.doubts.append(f"{file} is missing, and the passport beside it names it")
-    elif file_hash(files.root / file) != passport.engine_sha256:
-        files.doubts.append(f"{file} is not the engine of its passport (its sha256 differs); build it again")
-    return size
-
-
-def _of_this_engine(
-    files: Files, report: RunFile[Judged] | None, passport: RunFile[EnginePassport]
-) -> RunFile[Judged] | None:
-    """The report, unless it names another engine than the passport does."""
-    if report is None or report.content.engine_sha256 == passport.content.engine_sha256:
-        return report
-    files.doubts.append(
-        f"{report.file} compared another engine than the one of {passport.file} (their sha256 differ): it is not "
-        "shown; compare again"
-    )
-    return None
-
-
-def worst_output(report: RunFile[ParityReport], key: str, *, least: bool = False) -> Figure | None:
-    """The largest (or smallest) value of a comparison's outputs, which is the one that a summary has; None is the
-    worst."""
-    figures = [report.figure("outputs", number, key) for number in range(len(report.content.outputs))]
-    known = [figure for figure in figures if figure is not None]
-    sign = -1.0 if least else 1.0
-    return max(known, key=lambda figure: math.inf if figure.number is None else sign * figure.number, default=None)
-
-
-def _join(directory: str, name: str) -> str:
-    return f"{directory}/{name}" if directory else name
-
-
-def _sparsity(files: Files, directory: str, runtime: str) -> SparsityReport | None:
-    from engines.base import ProfiledFacts, backend
-    from engines.sparsity.engine_report import read_sparsity_report
-
-    try:
-        if backend(runtime).CAPABILITIES.profiled_kernels:
-            facts = backend(runtime).inspect(files.root / directory)
-            return facts.sparsity if isinstance(facts, ProfiledFacts) else None
-        return read_sparsity_report(files.root / directory)
-    except NxmError as error:
-        files.doubts.append(f"{directory or '.'}: which kernels run cannot be read ({error})")
-        return None
 
 
 def _search(root: Path, given: str | Path | None, plan: CompressionPlan | None) -> SearchEntry | None:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nxm_export.reporting.engine_facts import EngineEntry, worst_output
 from nxm_export.reporting.figures import Figure, RunFile, Shown
 from nxm_export.reporting.matrices import Matrix
-from nxm_export.reporting.run_facts import EngineEntry, Run, worst_output
+from nxm_export.reporting.run_facts import Run
 from nxm_export.storage.versions import MAKERS
 
 if TYPE_CHECKING:
@@ -337,21 +338,24 @@ def _option(run: Run, engine: EngineEntry, key: str) -> Figure | None:
 
 def _parity(run: Run) -> Verdict:
     title = "Parity"
-    compared = [(engine, engine.parity) for engine in run.engines if engine.parity is not None]
+    compared = [engine for engine in run.engines if engine.parity or engine.failed_by]
     if not compared:
         return Verdict("parity", title, ABSENT, "not compared", note="No engine was compared with its checkpoint.")
-    failed = [engine for engine, report in compared if engine.parts_in or not report.content.passed]
+    failed = [engine for engine in compared if engine.failed_by]
     rows = []
-    for engine, report in compared:
-        agreement = run.figure("parity", engine.name, "agreement") or worst_output(report, "agreement", least=True)
+    for engine in compared:
+        measured = worst_output(engine.parity, "agreement", least=True) if engine.parity else None
+        agreement = run.figure("parity", engine.name, "agreement") or measured
         word = "FAIL" if engine in failed else "pass"
         pieces: tuple[Piece, ...] = (word,)
         if agreement and agreement.value is not None:  # of scores and embeddings there is no argmax
             pieces = (word, ", ", agreement.shown("share"), " equal argmax")
         if engine.parts_in:
             pieces = (*pieces, f"; parts from the checkpoint in {engine.parts_in}")
+        if engine.failed_by:
+            pieces = (*pieces, f"; failed in {engine.failed_by}")
         rows.append(VerdictRow(engine.name, pieces))
-    others = [engine.name for engine in run.engines if engine.parity is None]
+    others = [engine.name for engine in run.engines if engine not in compared]
     note = "Each engine against its own checkpoint in PyTorch, on the same samples, with a measured tolerance."
     if others:
         note += f" Not compared: {', '.join(others)}."

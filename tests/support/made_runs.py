@@ -11,9 +11,10 @@ from engines.parity.tolerance import OutputParity
 from engines.sparsity.sparsity_report import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.records.run_summary import RunSummary
+from nxm_export.reporting.engine_facts import EngineEntry
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.matrices import Matrix
-from nxm_export.reporting.run_facts import EngineEntry, Run
+from nxm_export.reporting.run_facts import Run
 from tests.support.records import PASSPORT, SUMMARY
 
 OUTPUT = OutputParity(

@@ -21,7 +21,7 @@ from engines.serving.model import open_model
 from engines.serving.settings import ModelOptions
 from nxm_export.cli import main
 from nxm_export.pipeline.sparsity_twins import TWINS
-from nxm_export.reporting.run_facts import read_engine
+from nxm_export.reporting.engine_facts import read_engine
 from nxm_export.reporting.run_files import Files
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
 from tests.engines.cusparselt.machines import FACTS, FASTER, SPARSE_KERNEL, Priced

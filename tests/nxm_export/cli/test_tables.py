@@ -261,7 +261,9 @@ def test_a_run_begins_with_its_verdict_and_ends_with_what_to_type(
     assert captured.out.startswith("FAILED" if differing or SUMMARY.failed else "Passed")
     failed = replace(SUMMARY, parity={"ort-cpu-int8": replace(SUMMARY.parity["ort-cpu-int8"], passed=False)})
     print_summary(failed)
-    assert capsys.readouterr().out.startswith("FAILED: ort-cpu-int8 differs from the checkpoint.")
+    printed = capsys.readouterr().out
+    assert printed.startswith("FAILED: ort-cpu-int8 differs from the checkpoint.")
+    assert "See compare/ort-cpu-int8/parity.json." in printed.splitlines()
     blind = replace(SUMMARY, one_class=OneClass("very good", 0.7, (-0.01, 0.1)))
     print_summary(blind)
     printed = capsys.readouterr().out

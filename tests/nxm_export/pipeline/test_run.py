@@ -128,6 +128,24 @@ def test_a_run_that_other_versions_began_says_so_and_compares_again(
     assert "made by different versions of torch" in (run / "report.html").read_text()
 
 
+def test_run_again_keeps_a_later_comparison_that_failed_and_fails_with_it(
+    desk: Desk, finished: Finished, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    engine = run / "engines" / "ort-cpu-int8"
+    gate = ("--gate=max_abs<=0", f"--checkpoint={run / 'checkpoint'}", f"--data={desk.train}")
+    assert desk.nxm("compare", str(engine), *gate).exit_code == 3
+    found = (engine / "parity.json").read_bytes()
+    again = desk.nxm(*desk.arguments(run))
+    assert again.exit_code == 3, again.output
+    assert f"parity failed for ort-cpu-int8: see {engine / 'parity.json'}" in again.stderr
+    assert "nxm serve" not in again.output
+    assert (engine / "parity.json").read_bytes() == found, "what somebody found is not written over"
+    assert desk.nxm("compare", str(engine), *gate[1:]).exit_code == 0
+    assert desk.nxm(*desk.arguments(run)).exit_code == 0
+
+
 def test_a_moved_run_shows_its_table_from_where_it_lies(desk: Desk, finished: Finished, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(finished[0], moved)

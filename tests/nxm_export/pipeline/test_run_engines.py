@@ -23,6 +23,7 @@ from nxm_export.progress import silent
 from nxm_export.storage.json_files import encode
 from nxm_export.storage.run_dir import RunDir
 from tests.support.made_runs import parity
+from tests.support.records import PASSPORT
 
 Lacks = Callable[[Mapping[str, str]], None]
 CPU_ALONE = {name: f"no GPU for {name}" for name in ("trt", "trt_rtx", "cusparselt")}
@@ -141,6 +142,17 @@ def test_an_engine_that_fails_the_comparison_is_not_kept_however_fast(run: RunDi
     )
 
 
+def test_an_engine_that_failed_a_later_comparison_is_not_kept(run: RunDir) -> None:
+    compared(run, ort=True, openvino=True)
+    directory = run.path("engines", "ort-cpu-int8")
+    directory.mkdir(parents=True)
+    PASSPORT.save(directory)
+    (directory / PARITY_FILE).write_text(encode(parity(passed=False).content.to_dict()), encoding="utf-8")
+    chosen = choose_engine(run, ENGINES, BUILT, BOTH)
+    assert chosen.name == "openvino-cpu-int8"
+    assert f"left out: ort: {directory / PARITY_FILE} says that it failed a later comparison" in chosen.why
+
+
 def test_where_none_passes_that_is_said(run: RunDir) -> None:
     compared(run, ort=False, openvino=False)
     chosen = choose_engine(run, ENGINES, BUILT, BOTH)
@@ -169,7 +181,7 @@ def test_of_two_that_pass_the_measurement_decides(run: RunDir, monkeypatch: pyte
     compared(run, ort=True, openvino=True)
     for engine in ENGINES:
         run.path("engines", engine.name).mkdir(parents=True)
-        run.path("engines", engine.name, "passport.json").write_text("{}")
+        PASSPORT.save(run.path("engines", engine.name))
     for _ in range(2):
         chosen = choose_engine(run, ENGINES, BUILT, BOTH)
         assert (chosen.name, chosen.why) == ("openvino-cpu-int8", "2.00x")
@@ -191,7 +203,7 @@ def test_an_engine_that_fails_when_it_runs_fails_alone(run: RunDir, monkeypatch:
     monkeypatch.setattr("engines.parity.compare.compare", compare)
     for engine in ENGINES:
         run.path("engines", engine.name).mkdir(parents=True)
-        run.path("engines", engine.name, "passport.json").write_text("{}")
+        PASSPORT.save(run.path("engines", engine.name))
     for source in ("dense", "checkpoint"):
         run.path(source).mkdir()
     run.stage("compare openvino-cpu-int8", "compare/openvino-cpu-int8", lambda s: (s / PARITY_FILE).write_text("old"))

@@ -69,8 +69,9 @@ def test_the_numbers_of_the_sentence_name_their_files() -> None:
 def test_an_engine_that_failed_was_not_compared_or_is_not_there_has_no_command() -> None:
     failed = conclude(made_run(engine(compared=parity(passed=False))))
     assert (failed.state, failed.command) == ("bad", None)
-    assert "ort-cpu-int8 (backend ort) does not compute what its checkpoint computes" in text(failed)
-    assert "do not serve it" in failed.no_command
+    place = "failed the comparison with its checkpoint (compare/ort-cpu-int8/parity.json)"
+    assert f"ort-cpu-int8 (backend ort) {place}" in text(failed)
+    assert failed.no_command == f"ort-cpu-int8 {place}: do not serve it."
     unknown = conclude(made_run(engine()))
     assert unknown.command is None
     assert "was not compared" in text(unknown)
@@ -160,7 +161,7 @@ def test_an_engine_that_parts_in_a_block_has_failed_though_its_outputs_pass() ->
     run = made_run(parted, engine("other", compared=parity()), engine("third", compared=parity(passed=False)))
     made = conclude(run)
     assert (made.state, made.command) == ("bad", None)
-    assert "does not compute what its checkpoint computes" in text(made)
+    assert "ort-cpu-int8 (backend ort) failed the comparison with its checkpoint (bisect.json)" in text(made)
     assert "failed the comparison" in made.no_command
     (told,) = (verdict for verdict in verdicts(run) if verdict.key == "parity")
     assert (told.state, "".join(map(str_of, told.lead))) == ("bad", "1 of 3 engines compared pass")

@@ -11,9 +11,10 @@ from engines.benchmark.latency import BenchReport, Timing
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import DenseMetrics
 from nxm_export.contract.records.run_summary import ChosenEngine, OneClass, RunSummary
+from nxm_export.reporting.engine_facts import EngineEntry
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.page import _latency
-from nxm_export.reporting.run_facts import EngineEntry, Run
+from nxm_export.reporting.run_facts import Run
 from nxm_export.reporting.verdicts import (
     compressed_value,
     dev_samples,

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from nxm_export.errors import NxmError
+from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, RunFile
-from nxm_export.reporting.run_files import Files, joined
+from nxm_export.reporting.run_files import Files
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ def read_engine(files: Files, name: str, directory: str, evidence: list[str]) ->
     from engines.parity.reports import PARITY_FILE, read_parity_report
     from engines.passport import load_passport
 
-    passport = files.decoded(joined(directory, PASSPORT), lambda file: load_passport(file.parent))
-    reports = [files.decoded(joined(place, PARITY_FILE), read_parity_report) for place in evidence]
-    bisections = [files.decoded(joined(place, BISECT_FILE), read_bisect_report) for place in evidence]
+    passport = files.decoded(_join(directory, PASSPORT), lambda file: load_passport(file.parent))
+    reports = [files.decoded(_join(place, PARITY_FILE), read_parity_report) for place in evidence]
+    bisections = [files.decoded(_join(place, BISECT_FILE), read_bisect_report) for place in evidence]
     size, sparsity, sparse_kernels = None, None, False
     if passport is not None:
         size = _checked_engine(files, directory, passport.content)
-        reports = [_of_this_engine(files, report, passport) for report in reports]
+        reports = [_of_these_contents(files, _of_this_engine(files, report, passport), passport) for report in reports]
         bisections = [_of_this_engine(files, bisection, passport) for bisection in bisections]
         runtime = passport.content.backend
         sparse_kernels = runtime in BACKENDS and backend(runtime).CAPABILITIES.sparse_kernels
@@ -107,13 +107,18 @@ def _failed(reports: Sequence[RunFile[Judged] | None]) -> RunFile[Judged] | None
 
 
 def _checked_engine(files: Files, directory: str, passport: EnginePassport) -> Figure | None:
-    """Bytes of the engine file that a passport names, None where it is missing; another file is a doubt."""
-    file = joined(directory, passport.engine)
+    """Bytes of the engine file that a passport names, None where it is missing; another file is a doubt, and so are
+    other labels or another tokenizer beside it."""
+    file = _join(directory, passport.engine)
     size = files.size(file)
     if size is None:
         files.doubts.append(f"{file} is missing, and the passport beside it names it")
     elif file_hash(files.root / file) != passport.engine_sha256:
         files.doubts.append(f"{file} is not the engine of its passport (its sha256 differs); build it again")
+    try:
+        passport.require_companions(files.root / directory)
+    except ArtifactError as error:
+        files.doubt(error)
     return size
 
 
@@ -130,6 +135,19 @@ def _of_this_engine(
     return None
 
 
+def _of_these_contents(
+    files: Files, report: RunFile[ParityReport] | None, passport: RunFile[EnginePassport]
+) -> RunFile[ParityReport] | None:
+    """The comparison, unless the engine was compared with other labels or another tokenizer than the passport has."""
+    if report is None or report.content.contents_sha256 == passport.content.contents_sha256:
+        return report
+    files.doubts.append(
+        f"{report.file} compared the engine of {passport.file} with other labels or another tokenizer (their "
+        "contents_sha256 differ): it is not shown; compare again"
+    )
+    return None
+
+
 def worst_output(report: RunFile[ParityReport], key: str, *, least: bool = False) -> Figure | None:
     """The largest (or smallest) value of a comparison's outputs, which is the one that a summary has; None is the
     worst."""
@@ -137,6 +155,10 @@ def worst_output(report: RunFile[ParityReport], key: str, *, least: bool = False
     known = [figure for figure in figures if figure is not None]
     sign = -1.0 if least else 1.0
     return max(known, key=lambda figure: math.inf if figure.number is None else sign * figure.number, default=None)
+
+
+def _join(directory: str, name: str) -> str:
+    return f"{directory}/{name}" if directory else name
 
 
 def _sparsity(files: Files, directory: str, runtime: str) -> SparsityReport | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config, task_at
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.io_spec import SPEC_FILE, IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.records.checkpoint_metrics import (
     METRICS_FILE,
@@ -32,7 +32,7 @@ from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.engine_facts import PASSPORT, EngineEntry, read_engine, worst_output
 from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
-from nxm_export.reporting.run_files import Files, joined
+from nxm_export.reporting.run_files import Files
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.run_dir import MANIFEST, Manifest, RunDir, StageRecord
 
@@ -152,6 +152,8 @@ def read_engine_directory(directory: Path) -> Run:
 
     Raises `ArtifactError` when `directory` has no passport of this version.
     """
+    from engines.passport import covered_spec
+
     files = Files(directory, {})
     engine = read_engine(files, directory.resolve().name, "", [""])
     if engine.passport is None:
@@ -160,12 +162,13 @@ def read_engine_directory(directory: Path) -> Run:
             f"{directory} is neither a run, a compressed checkpoint nor an engine directory: {reason}; dense models "
             "and graphs have no card: `nxm compress` and `nxm build` make what has one"
         )
-    spec = _spec(files, "")
+    passport = engine.passport.content
+    spec = files.decoded(SPEC_FILE, lambda file: covered_spec(file.parent, passport))
     return Run(
         root=directory,
         stages={},
-        model_type=engine.passport.content.graph.get("model_type"),
-        spec=spec,
+        model_type=passport.graph.get("model_type"),
+        spec=spec.content if spec else None,
         engines=(engine,),
         files=files.hashes,
         doubts=tuple(files.doubts),
@@ -214,7 +217,7 @@ def _benches(files: Files) -> Iterator[RunFile[BenchReport]]:
 
 
 def _spec(files: Files, directory: str) -> IOSpec | None:
-    spec = files.decoded(joined(directory, "spec.json"), lambda file: load_spec(file.parent))
+    spec = files.decoded(f"{directory}/{SPEC_FILE}", lambda file: load_spec(file.parent))
     return spec.content if spec else None
 
 

@@ -90,8 +90,3 @@ class Files:
         """Bytes of a file, None where it is missing."""
         path = self.root / file
         return Figure(path.stat().st_size, file) if path.is_file() else None
-
-
-def joined(directory: str, name: str) -> str:
-    """The path of a file in a `directory` below a run; the run's own is an empty text."""
-    return f"{directory}/{name}" if directory else name

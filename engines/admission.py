@@ -7,15 +7,22 @@ give.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from engines.devices import running_on
-from engines.parity.reports import PARITY_FILE, read_parity_report
+from engines.parity.bisect_reports import BISECT_FILE, BisectReport, read_bisect_report
+from engines.parity.reports import PARITY_FILE, ParityReport, read_parity_report
 from engines.passport import EnginePassport, load_passport
 from nxm_export.contract.choices import GATE, GATES
 from nxm_export.errors import ArtifactError, ParityError, ServeError, notice
 from nxm_export.storage.unreadable import is_without_room
+
+# The files beside an engine that may say that it failed.
+_REPORTS: Mapping[str, Callable[[Path], ParityReport | BisectReport]] = {
+    PARITY_FILE: read_parity_report,
+    BISECT_FILE: read_bisect_report,
+}
 
 
 def admitted(directory: Path, gate: str = GATE, expect_sha256: Collection[str] = ()) -> EnginePassport:
@@ -73,9 +80,10 @@ def require_unchanged(directory: Path, passport: EnginePassport) -> None:
 
 
 def gate_state(directory: Path, passport: EnginePassport) -> str:
-    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about these very files.
+    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine, and a bisection, say about
+    these very files.
 
-    Raises `ArtifactError` where there is no room to open the report: it may say anything.
+    Raises `ArtifactError` where there is no room to open a report: it may say anything.
     """
     if failed_report(directory, passport) is not None:
         return "failed"
@@ -87,21 +95,25 @@ def gate_state(directory: Path, passport: EnginePassport) -> str:
 
 
 def failed_report(directory: Path, passport: EnginePassport) -> Path | None:
-    """The parity report beside an engine, where it says that this very engine failed; None where it does not.
+    """The parity report, or else the bisection, beside an engine that says that this very engine failed; None where
+    none does.
 
     One that cannot be read vouches for nothing, and counts as such. Raises `ArtifactError` where there is no room to
     open it.
     """
-    file = directory / PARITY_FILE
-    if not file.exists():
-        return None
-    try:
-        report = read_parity_report(file)
-    except ArtifactError as error:
-        if is_without_room(error):
-            raise
-        return file
-    return file if report.engine_sha256 == passport.engine_sha256 and not report.passed else None
+    for name, read in _REPORTS.items():
+        file = directory / name
+        if not file.exists():
+            continue
+        try:
+            report = read(file)
+        except ArtifactError as error:
+            if is_without_room(error):
+                raise
+            return file
+        if report.engine_sha256 == passport.engine_sha256 and not report.passed:
+            return file
+    return None
 
 
 def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
@@ -117,13 +129,16 @@ def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
                 "those that were compared; build the engine again and run `nxm compare`, or take --parity not-failed"
             )
         return
-    if state == "failed":
+    failed, what = failed_report(directory, passport), "was never checked for these files"
+    if failed is not None:
         try:
-            read_parity_report(directory / PARITY_FILE)
+            _REPORTS[failed.name](failed)
         except ArtifactError as error:
             raise ParityError(f"{error}, or let the engine answer anyway with --parity off") from error
-    what = "failed" if state == "failed" else "was never checked for these files"
+        what = "failed"
+    name = PARITY_FILE if failed is None else failed.name
+    command = "nxm compare --bisect" if name == BISECT_FILE else "nxm compare"
     raise ParityError(
-        f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "
+        f"{directory}: parity with its checkpoint {what} ({name}); run `{command}`, or "
         "let it answer anyway with --parity off"
     )

@@ -57,7 +57,7 @@ from engines.parity.probes import (
     probe,
     probe_samples,
 )
-from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, report_text, verdict
+from engines.parity.reports import OUTPUTS_FILE, PARITY_FILE, Comparison, ParityReport, report_text, verdict
 from engines.parity.tolerance import (
     MAX_FACTOR,
     MEAN_FACTOR,
@@ -80,9 +80,6 @@ from nxm_export.errors import ArtifactError, DataError, EngineError, ParityError
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.memory import available_memory, gigabytes, require_memory
 
-OUTPUTS_FILE = (
-    "outputs.npz"  # what the engine gave for every sample, labels and groups: paired statistics need them all
-)
 NOISE_SAMPLES, SHIFT_SAMPLES = 256, 64
 PROBE_COPIES = 4  # of a probe's sample: its tolerance is measured on as many draws of what is random
 
@@ -111,11 +108,11 @@ def compare_all(
     ``outputs.npz`` beside every engine that runs here.
 
     `features` are token features with ``labels`` (see `nxm_export.data.examples.encode`); with `numbered` the data has
-    numbers for labels, whose order is then looked at. An engine that fails when it runs has no report, and the others
-    have theirs. Raises `EngineUnavailable` when no engine can run here, `EngineError` when none is left,
-    `DataError` for data that does not fit, `ArtifactError` for engines of another
-    checkpoint and for engines that cannot be compared with each other, `ParityError` for a checkpoint whose own outputs
-    are not finite; then nothing is written.
+    numbers for labels, whose order is then looked at. An engine that fails when it runs has no report here, and its
+    ``parity.json`` says that it failed, whatever it said before; the others have theirs. Raises `EngineUnavailable`
+    when no engine can run here, `EngineError` when none is left, `DataError` for data that does not fit,
+    `ArtifactError` for engines of another checkpoint and for engines that cannot be compared with each other,
+    `ParityError` for a checkpoint whose own outputs are not finite; then nothing else is written.
     """
     checkpoint = Path(checkpoint)
     if not features:
@@ -141,9 +138,9 @@ def compare_all(
         try:
             runs.append(_run(part, references[part.key], samples))
         except EngineError as error:  # of this engine, whatever the others do
+            without_report.append(part.without_report(error))
             if len(parts) == 1:
                 raise
-            without_report.append(part.without_report(error))
     require_some(runs, without_report)
     reports = []
     for run in runs:

@@ -10,10 +10,11 @@ import numpy as np
 
 from engines.admission import require_unchanged
 from engines.base import Engine, backend
+from engines.devices import running_on
 from engines.memory import engine_memory
 from engines.parity.compatibility import plan_of, require_from
 from engines.parity.probes import longest_sequence
-from engines.parity.reports import NotCompared
+from engines.parity.reports import OUTPUTS_FILE, PARITY_FILE, NotCompared, ParityReport, report_text
 from engines.parity.tolerance import (
     DTYPE_ROUNDING,
     QUANTIZER_ROUNDING,
@@ -23,9 +24,11 @@ from engines.reference import pytorch
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.tasks import TASKS
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS
 from nxm_export.data.features import Features, filled, pad, sorted_batches
 from nxm_export.errors import EngineError, EngineUnavailable, NxmError
+from nxm_export.storage.atomic import write_atomic
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,39 @@ class Part:
         return engine
 
     def without_report(self, error: EngineError) -> NotCompared:
-        """What is said of this engine in place of a report: that it cannot run here, or failed."""
+        """What is said of this engine in place of a report: that it cannot run here, or failed. Where it failed, the
+        report beside it says so from now on, whatever it said before."""
         failed = not isinstance(error, EngineUnavailable)
+        if failed:
+            write_atomic(self.directory / PARITY_FILE, report_text(self._failure(error)))
+            (self.directory / OUTPUTS_FILE).unlink(missing_ok=True)
         return NotCompared(
             str(self.directory), self.passport.engine_sha256, self.passport.backend, str(error), failed=failed
+        )
+
+    def _failure(self, error: EngineError) -> ParityReport:
+        return ParityReport(
+            passed=False,
+            engine=str(self.directory),
+            engine_sha256=self.passport.engine_sha256,
+            backend=self.passport.backend,
+            samples=0,
+            outputs=(),
+            metric=TASKS[self.spec.task].metric,
+            reference_value=None,
+            reference_interval=None,
+            engine_value=None,
+            engine_interval=None,
+            reason="",
+            difference=None,
+            difference_interval=None,
+            probes=(),
+            gates=(),
+            pairs=(),
+            secondary_metrics={},
+            contents_sha256=self.passport.contents_sha256,
+            machine=running_on(self.passport),
+            failure=str(error),
         )
 
 
@@ -125,9 +157,9 @@ def loadable(parts: Sequence[Part]) -> tuple[list[Part], list[NotCompared]]:
             with part.load():
                 loaded.append(part)
         except EngineError as error:
+            others.append(part.without_report(error))
             if len(parts) == 1:
                 raise
-            others.append(part.without_report(error))
     require_some(loaded, others)
     return loaded, others
 

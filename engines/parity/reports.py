@@ -15,6 +15,8 @@ from nxm_export.storage.json_files import as_objects, encode, entry_at, read_rec
 
 SCHEMA = "nxm-parity/2"
 PARITY_FILE = "parity.json"
+# What the engine gave for every sample, labels and groups: paired statistics need them all.
+OUTPUTS_FILE = "outputs.npz"
 _WAY_OUT = "run `nxm compare` again"
 
 
@@ -27,7 +29,8 @@ class ParityReport:
     engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of
     fewer than six samples. `passed` is what outputs, probes and gates say together (see `verdict`); a report that
     contradicts them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and
-    tokenizer. `machine` is what it ran on, None in reports of older versions.
+    tokenizer. `machine` is what it ran on, None in reports of older versions. `failure` is why an engine failed when it
+    ran: then there are no outputs, and no value of the checkpoint.
     """
 
     passed: bool
@@ -37,7 +40,7 @@ class ParityReport:
     samples: int
     outputs: tuple[OutputParity, ...]
     metric: str
-    reference_value: float
+    reference_value: float | None
     reference_interval: tuple[float, float] | None
     engine_value: float | None
     engine_interval: tuple[float, float] | None
@@ -50,13 +53,16 @@ class ParityReport:
     secondary_metrics: Mapping[str, tuple[float | None, float | None]]
     contents_sha256: str | None = None
     machine: str | None = None
+    failure: str | None = None
 
     def __post_init__(self) -> None:
-        if self.passed != verdict(self.outputs, self.probes, self.gates):
+        if self.passed != (self.failure is None and verdict(self.outputs, self.probes, self.gates)):
             raise ValueError("`passed` is not what its outputs, probes and gates say")
 
     def require(self) -> None:
         """Raise `ParityError` unless `passed`."""
+        if self.failure is not None:
+            raise ParityError(f"{self.engine} failed when it ran, so it was not compared: {self.failure}")
         if not self.outputs:
             raise ParityError(f"{self.engine}: no output of it was compared; build it again from a new export")
         for output in self.outputs:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from engines.admission import admitted, require_gate
 from engines.base import COMPANIONS
+from engines.parity.bisect_reports import BISECT_FILE
 from engines.parity.reports import PARITY_FILE
 from engines.passport import PASSPORT_FILE, covered_spec, load_passport
 from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, buckets_of, open_model
@@ -34,10 +35,11 @@ _File = tuple[int, int, int]  # inode, time of its last change in nanoseconds, b
 
 @dataclass(frozen=True)
 class Signature:
-    """What changes when an engine directory is written again: the files that are served, and the parity report."""
+    """What changes when an engine directory is written again: the files that are served, and what was found when it was
+    compared."""
 
     contents: tuple[_File | None, ...]
-    parity: _File | None
+    parity: tuple[_File | None, ...]
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Repository:
         self._refused.discard(key)
 
     def begin_judging(self, key: tuple[str, str]) -> Callable[[], str | None]:
-        """A function that says why the model under a key must not go on, by the parity report beside it now (None: it
+        """A function that says why the model under a key must not go on, by the reports beside it now (None: it
         may); it blocks, as that of `begin_reload` does, and raises where there is no room to look."""
         self._take_note(key)
         return self.judging(key)
@@ -328,7 +330,8 @@ def signature(directory: Path) -> Signature | None:
             raise
         engine = PASSPORT_FILE  # one that cannot be read is refused when it is loaded, and the log says why
     served = [_file(directory / name) for name in (PASSPORT_FILE, engine, *COMPANIONS)]
-    return None if None in served[:2] else Signature(tuple(served), _file(directory / PARITY_FILE))
+    found = tuple(_file(directory / name) for name in (PARITY_FILE, BISECT_FILE))
+    return None if None in served[:2] else Signature(tuple(served), found)
 
 
 def _file(file: Path) -> _File | None:

@@ -55,7 +55,7 @@ def _print_together(reports: Sequence[ParityReport]) -> None:
     ]
     print()
     print_rows(("engine", "output", "max |diff|", "equal argmax", reports[0].metric, "checks pass"), rows)
-    values = dict.fromkeys(f"{report.metric} {report.reference_value:.4f}" for report in reports)
+    values = dict.fromkeys(f"{report.metric} {score_text(report.reference_value)}" for report in reports)
     print(f"in PyTorch the checkpoint has {', '.join(values)}; every number: --all")
 
 
@@ -89,7 +89,7 @@ def _print_output(report: ParityReport, output: OutputParity) -> None:
         (
             f"{report.metric}, 95 %",
             f"{score_text(report.engine_value)}{_bounds(report.engine_interval)}",
-            f"checkpoint {report.reference_value:.4f}",
+            f"checkpoint {score_text(report.reference_value)}",
         ),
         *[
             (name, score_text(ours), f"checkpoint {score_text(theirs)}")

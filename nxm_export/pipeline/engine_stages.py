@@ -108,8 +108,8 @@ def compare_built(
     A comparison replaces the report beside the engine, as `nxm compare` does. One that is up to date is not made again:
     what somebody found of that engine since stays, and decides (see `nxm_export.pipeline.later_comparisons`).
     """
-    from engines.parity.compare import OUTPUTS_FILE, compare
-    from engines.parity.reports import PARITY_FILE
+    from engines.parity.compare import compare
+    from engines.parity.reports import OUTPUTS_FILE, PARITY_FILE
 
     samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
     missing, failed = dict(built.missing), dict(built.failed)

@@ -137,7 +137,7 @@ def _other_versions(directory: RunDir) -> dict[str, dict[str, str]]:
 
 def _outputs(directory: RunDir, engine: str) -> dict[str, np.ndarray]:
     """What an engine said on dev, by output, and the labels beside it."""
-    from engines.parity.compare import OUTPUTS_FILE
+    from engines.parity.reports import OUTPUTS_FILE
 
     with np.load(directory.path("compare", engine, OUTPUTS_FILE)) as file:
         return dict(file)

@@ -124,7 +124,7 @@ def render(source: Path, origins: Origins = Origins()) -> str:
             compression=[(counting, _text(figure, "share"), what) for counting, figure, what in counted if figure],
             engines=[_engine(e, e.passport.content) for e in run.engines if e.passport is not None],
             parity=[row for name, report in comparisons for row in _parity(name, report)],
-            reasons=dict.fromkeys(report.content.reason for _, report in comparisons),
+            reasons=dict.fromkeys(report.content.reason for _, report in comparisons if report.content.reason),
             verdicts=[_verdict(v) for v in verdicts(run) if v.state != "absent"],
             training=_training(run),
             **_usage(run, engine),

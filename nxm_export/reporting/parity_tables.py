@@ -18,7 +18,7 @@ _VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
 # What the tables above show already of parity.json, and of each of its outputs.
 _SHOWN = {
     "passed", "engine", "engine_sha256", "backend", "samples", "metric", "reference_value", "reference_interval",
-    "engine_value", "engine_interval", "reason", "pairs", "secondary_metrics", "probes", "gates",
+    "engine_value", "engine_interval", "reason", "failure", "pairs", "secondary_metrics", "probes", "gates",
 }  # fmt: skip
 _SHOWN_OF_OUTPUT = {
     "output", "max_abs", "mean_abs", "cosine", "agreement", "worst_sample", "max_tolerance", "mean_tolerance",

@@ -354,6 +354,10 @@ def _parity(run: Run) -> Verdict:
             pieces = (*pieces, f"; parts from the checkpoint in {engine.parts_in}")
         if engine.failed_by:
             pieces = (*pieces, f"; failed in {engine.failed_by}")
+        pieces = (
+            *pieces,
+            *(f": {report.content.failure}" for _, report in engine.comparisons if report.content.failure),
+        )
         rows.append(VerdictRow(engine.name, pieces))
     others = [engine.name for engine in run.engines if engine not in compared]
     note = "Each engine against its own checkpoint in PyTorch, on the same samples, with a measured tolerance."

@@ -15,9 +15,10 @@ from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
 from engines.parity import compare as parity
-from engines.parity.compare import OUTPUTS_FILE, compare
+from engines.parity.compare import compare
 from engines.parity.decisions import DECIDING
 from engines.parity.gates import Gate
+from engines.parity.reports import OUTPUTS_FILE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.columns import Columns

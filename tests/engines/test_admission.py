@@ -14,6 +14,8 @@ from click.testing import CliRunner
 
 from engines.admission import admitted, gate_state, require_expected, require_gate
 from engines.devices import running_on
+from engines.parity.bisect_reports import BISECT_FILE, BisectReport, BlockParity
+from engines.parity.bisect_reports import SCHEMA as BISECT_SCHEMA
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport, read_parity_report
 from engines.passport import EnginePassport, covered_spec, covered_tokenizer, load_passport
 from engines.predictor import Predictor
@@ -204,6 +206,41 @@ def test_every_gate_admits_what_it_says_and_nothing_else(
     words = rf"parity with its checkpoint {what} \(parity.json\)"
     with pytest.raises(ParityError, match="not valid JSON" if report == "{" else words):
         require_gate(tmp_path, WHOLE, gate)
+
+
+def bisected(*, passed: bool, engine_sha256: str = WHOLE.engine_sha256) -> BisectReport:
+    block = BlockParity("layer.1", 9.0, 9.0, 1.0, None, 9.0, 9.0, None, 1.0, 1.0, 0.0, 0.0, passed=passed, reason="")
+    first = None if passed else "layer.1"
+    return BisectReport(passed, "engine", engine_sha256, "ort", 2, 20, first, None, None, True, (block,), "")
+
+
+@pytest.mark.parametrize(
+    ("bisection", "state"),
+    [
+        (bisected(passed=True), "passed"),
+        (bisected(passed=False), "failed"),
+        (bisected(passed=False, engine_sha256="3" * 64), "passed"),
+        ("{", "failed"),
+    ],
+    ids=["passed", "failed", "of another engine", "damaged"],
+)
+def test_a_block_that_parts_fails_an_engine_whose_outputs_pass(
+    bisection: BisectReport | str, state: str, tmp_path: Path
+) -> None:
+    (tmp_path / PARITY_FILE).write_text(encode(REPORT, SCHEMA))
+    text = bisection if isinstance(bisection, str) else encode(bisection, BISECT_SCHEMA)
+    (tmp_path / BISECT_FILE).write_text(text)
+    assert gate_state(tmp_path, WHOLE) == state
+    if state == "passed":
+        require_gate(tmp_path, WHOLE, "passed")
+        return
+    words = "not valid JSON" if text == "{" else r"failed \(bisect.json\); run `nxm compare --bisect`, or"
+    for gate in ("not-failed", "passed"):
+        with pytest.raises(ParityError, match=words):
+            require_gate(tmp_path, WHOLE, gate)
+    (tmp_path / PARITY_FILE).unlink()
+    assert gate_state(tmp_path, WHOLE) == "failed", "whether it was compared as a whole or not"
+    require_gate(tmp_path, WHOLE, "off")
 
 
 @pytest.mark.parametrize(

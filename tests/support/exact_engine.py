@@ -16,6 +16,8 @@ import numpy as np
 
 from engines.base import BuildOptions
 from engines.ort import backend as ort
+from engines.parity.bisect_reports import BISECT_FILE, BisectReport, BlockParity
+from engines.parity.bisect_reports import SCHEMA as BISECT_SCHEMA
 from engines.parity.gates import GateResult
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport
 from engines.parity.tolerance import Expectation, compare_output
@@ -148,6 +150,17 @@ def write_parity(engine: Path, *, passed: bool) -> None:
         contents_sha256=passport.contents_sha256,
     )
     (engine / PARITY_FILE).write_text(encode(report, SCHEMA), encoding="utf-8")
+
+
+def write_bisect(engine: Path, *, passed: bool) -> None:
+    """A bisection beside an engine, of one block that is the checkpoint's, or is not."""
+    error, first = (0.0, None) if passed else (9.0, "layer.1")
+    block = BlockParity(
+        "layer.1", error, error, 1.0, None, error, error, None, 1.0, 1.0, 0.0, 0.0, passed=passed, reason="made up"
+    )
+    digest = load_passport(engine).engine_sha256
+    report = BisectReport(passed, str(engine), digest, "ort", 1, 4, first, None, None, True, (block,), "made up")
+    (engine / BISECT_FILE).write_text(encode(report, BISECT_SCHEMA), encoding="utf-8")
 
 
 def cover(engine: Path) -> None:

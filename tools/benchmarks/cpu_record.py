@@ -34,7 +34,7 @@ class ParityRow(TypedDict):
     passed: bool
     metric: str
     samples: int
-    checkpoint: float
+    checkpoint: float | None
     value: float | None
     difference_interval: tuple[float, float] | None
     agreement: float | None

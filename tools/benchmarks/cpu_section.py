@@ -146,11 +146,10 @@ def _aims(with_peer: bool) -> dict[str, Callable[[LatencyRow], str]]:
 
 
 def _parity(entry: ParityRow) -> list[str]:
+    shares = (entry["checkpoint"], entry["value"], entry["agreement"])
     return [
         entry["engine"],
-        f"{100 * entry['checkpoint']:.2f}",
-        "none" if entry["value"] is None else f"{100 * entry['value']:.2f}",
-        "none" if entry["agreement"] is None else f"{100 * entry['agreement']:.2f}",
+        *("none" if share is None else f"{100 * share:.2f}" for share in shares),
         f"{entry['mean_abs']:.4f} ({entry['mean_tolerance']:.4f})",
         "passed" if entry["passed"] else "FAILED",
     ]

@@ -69,10 +69,12 @@ def table_of(result: Result) -> Iterator[str]:
 
 def _in_words(report: ParityReport) -> str:
     """The verdict of a comparison, and both values of the metric."""
-    verdict = "passed" if report.passed else f"FAILED ({report.reason or 'see the JSON'})"
-    engine = "no value" if report.engine_value is None else f"{report.engine_value:.4f}"
+    verdict = "passed" if report.passed else f"FAILED ({report.failure or report.reason or 'see the JSON'})"
+    engine, checkpoint = (
+        "no value" if value is None else f"{value:.4f}" for value in (report.engine_value, report.reference_value)
+    )
     name = Path(report.engine).name
-    return f"{name} {verdict}; {report.metric} {engine}, checkpoint {report.reference_value:.4f}"
+    return f"{name} {verdict}; {report.metric} {engine}, checkpoint {checkpoint}"
 
 
 def kernels_in_words(run: ProfiledRun) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from engines.admission import admitted
 from engines.ort.backend import OrtEngine
 from engines.parity.parts import require_some
-from engines.parity.reports import NotCompared
+from engines.parity.reports import NotCompared, read_parity_report
 from nxm_export.cli import main
-from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.errors import EngineError, EngineUnavailable, ParityError
+from tests.support import exact_engine
 
 
 def nxm(*arguments: object) -> Result:
@@ -102,6 +104,9 @@ class TestFailed:
         monkeypatch: pytest.MonkeyPatch,
     ) -> tuple[Path, Path]:
         failing, healthy = (shutil.copytree(tiny_engine("ort"), tmp_path / name) for name in ("failing", "healthy"))
+        exact_engine.write_parity(failing, passed=True)  # of a comparison before this one
+        (failing / "outputs.npz").touch()
+        admitted(failing, "passed")
         as_before = getattr(OrtEngine, "__init__" if request.param == "load" else "run")
 
         def broken(engine: OrtEngine, *arguments: Any) -> Any:
@@ -127,7 +132,7 @@ class TestFailed:
         assert (theirs["engine"], theirs["passed"]) == (str(failing), False)
         assert theirs["failed"] == "the accelerator has no memory left"
         assert (healthy / "parity.json").is_file()
-        assert not (failing / "parity.json").exists()
+        self.require_failed(failing)
         shown = nxm("compare", healthy, failing, *options)
         assert "FAILED when they ran" in shown.stdout
         assert "nxm serve" not in shown.stdout + shown.stderr
@@ -138,6 +143,37 @@ class TestFailed:
         checkpoint = tiny_checkpoint("bert")
         alone = nxm("compare", engines[0], f"--checkpoint={checkpoint}", f"--data={checkpoint.parent / 'dev.tsv'}")
         assert (alone.exit_code, alone.stderr) == (1, "nxm: the accelerator has no memory left\n")
+        self.require_failed(engines[0])
+
+    @staticmethod
+    def require_failed(engine: Path) -> None:
+        """Whatever the report beside the engine said before, it vouches for it no more."""
+        report = read_parity_report(engine / "parity.json")
+        assert (report.passed, report.failure) == (False, "the accelerator has no memory left")
+        assert report.reference_value is None
+        assert not (engine / "outputs.npz").exists()
+        with pytest.raises(ParityError, match="failing failed when it ran, so it was not compared: the accelerator"):
+            report.require()
+        for gate in ("passed", "not-failed"):
+            with pytest.raises(ParityError, match=r"parity with its checkpoint failed \(parity.json\)"):
+                admitted(engine, gate)
+
+    def test_one_that_is_not_run_here_keeps_what_was_found_elsewhere(
+        self,
+        tiny_checkpoint: Callable[..., Path],
+        engines: tuple[Path, Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def absent(*_: Any, **__: Any) -> Any:
+            raise EngineUnavailable("there is no accelerator here")
+
+        monkeypatch.setattr(OrtEngine, "__init__", absent)
+        monkeypatch.setattr(OrtEngine, "run", absent)
+        found = (engines[0] / "parity.json").read_bytes()
+        checkpoint = tiny_checkpoint("bert")
+        alone = nxm("compare", engines[0], f"--checkpoint={checkpoint}", f"--data={checkpoint.parent / 'dev.tsv'}")
+        assert (alone.exit_code, alone.stderr) == (1, "nxm: there is no accelerator here\n")
+        assert (engines[0] / "parity.json").read_bytes() == found
 
 
 def test_nothing_left_is_an_engine_that_is_missing_unless_one_failed() -> None:

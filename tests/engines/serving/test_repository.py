@@ -201,6 +201,10 @@ def test_a_parity_that_changes_is_judged_by_the_gate(
     exact_engine.write_parity(copy, passed=True)
     assert settled(repository) == [Change(KEY, reload=False)]
     assert repository.begin_judging(KEY)() is None
+    for passed in (False, True):
+        exact_engine.write_bisect(copy, passed=passed)
+        assert settled(repository) == [Change(KEY, reload=False)]
+        assert (repository.begin_judging(KEY)() is not None) == (failed and not passed)
 
 
 def test_a_report_of_an_engine_that_was_refused_is_not_held_against_the_one_that_serves(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from engines.base import BACKENDS
-from engines.parity.compare import OUTPUTS_FILE
-from engines.parity.reports import PARITY_FILE
+from engines.parity.reports import OUTPUTS_FILE, PARITY_FILE
 from nxm_export.contract.choices import BACKEND_NAMES
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline import engine_stages, run_engines

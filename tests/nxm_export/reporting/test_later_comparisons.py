@@ -10,10 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from engines.admission import gate_state
+from engines.parity.bisect_reports import BISECT_FILE
+from engines.parity.parts import Part
 from engines.parity.reports import PARITY_FILE
-from engines.passport import load_passport
+from engines.passport import covered_spec, load_passport
 from nxm_export.cli import main
-from nxm_export.errors import ParityError
+from nxm_export.errors import EngineError, ParityError
 from nxm_export.pipeline.later_comparisons import summary_now
 from nxm_export.reporting import card, report
 from nxm_export.reporting.conclusion import conclude
@@ -84,6 +86,18 @@ def test_what_a_repeated_run_returns_fails_and_names_the_file(failed: Path) -> N
         summary_now(failed).require_passed()
 
 
+def test_an_engine_that_failed_when_it_ran_has_failed_with_its_reason(run: Path, tmp_path: Path) -> None:
+    passport = load_passport(run / ENGINE)
+    part = Part(run / ENGINE, passport, covered_spec(run / ENGINE, passport), None)
+    part.without_report(EngineError("the accelerator has no memory left"))
+    for file in (report(run), card(run, tmp_path / "run.md"), card(run / ENGINE, tmp_path / "engine.md")):
+        text = file.read_text(encoding="utf-8")
+        assert "parity.json: the accelerator has no memory left" in text, file
+        assert "Tolerance: ." not in text
+    assert conclude(read_run(run)).command is None
+    assert shown(run).startswith("FAILED")
+
+
 def of_another(engine: Path) -> None:
     exact_engine.write_parity(engine, passed=False)
     told = json.loads((engine / PARITY_FILE).read_text())
@@ -98,8 +112,11 @@ def of_another(engine: Path) -> None:
         (lambda engine: (engine / PARITY_FILE).write_text("{"), "failed"),
         (lambda engine: (engine / PARITY_FILE).unlink(), "unchecked"),
         (of_another, "unchecked"),
+        (lambda engine: exact_engine.write_bisect(engine, passed=True), "passed"),
+        (lambda engine: exact_engine.write_bisect(engine, passed=False), "failed"),
+        (lambda engine: (engine / BISECT_FILE).write_text("{"), "failed"),
     ],
-    ids=["passed", "failed", "damaged", "gone", "of another engine"],
+    ids=["passed", "failed", "damaged", "gone", "of another engine", "blocks pass", "a block parts", "damaged blocks"],
 )
 def test_what_serve_refuses_no_command_tells_to_serve(run: Path, write: Callable[[Path], object], state: str) -> None:
     write(run / ENGINE)

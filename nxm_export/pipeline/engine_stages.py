@@ -46,7 +46,7 @@ def drop_others(directory: RunDir, engines: Sequence[RunEngine], graphs: Sequenc
 
 
 def build_engines(directory: RunDir, engines: Sequence[RunEngine], progress: Progress) -> BuildResults:
-    """Build every engine of the run that this machine can build."""
+    """Build every engine of the run that this machine can build; of one that fails, what an earlier run left goes."""
     from engines.base import backend
     from engines.sparsity.build_evidence import LOG_FILE
 
@@ -72,6 +72,7 @@ def build_engines(directory: RunDir, engines: Sequence[RunEngine], progress: Pro
         except EngineUnavailable as error:
             missing[engine.name] = str(error)
         except EngineError as error:
+            directory.drop(f"build {engine.name}", f"engines/{engine.name}")  # of an earlier run, with its comparison
             if engine.backend == "ort":  # without which there is nothing to show
                 raise
             failed[engine.name] = str(error)
@@ -136,9 +137,9 @@ def compare_built(
         except EngineUnavailable as error:
             missing[name] = f"built, not run: {error}"
         except EngineError as error:
+            directory.drop(f"compare {name}", f"compare/{name}")  # of an earlier run, in which it did not fail
             if entry.backend == "ort":  # without which there is nothing to show
                 raise
-            directory.drop(f"compare {name}", f"compare/{name}")  # of an earlier run, in which it did not fail
             failed[name] = f"built, and failed when it ran: {error}"
     progress("compare", len(compared), len(compared))
     names = tuple(entry.name for entry in compared if not {entry.name} & {*missing, *failed})

@@ -339,9 +339,10 @@ def _option(run: Run, engine: EngineEntry, key: str) -> Figure | None:
 def _parity(run: Run) -> Verdict:
     title = "Parity"
     compared = [engine for engine in run.engines if engine.parity or engine.failed_by]
-    if not compared:
+    broken = run.summary.content.failed if run.summary else {}
+    if not (compared or broken):
         return Verdict("parity", title, ABSENT, "not compared", note="No engine was compared with its checkpoint.")
-    failed = [engine for engine in compared if engine.failed_by]
+    failed = [engine for engine in compared if engine.failed_by or engine.name in broken]
     rows = []
     for engine in compared:
         measured = worst_output(engine.parity, "agreement", least=True) if engine.parity else None
@@ -354,18 +355,24 @@ def _parity(run: Run) -> Verdict:
             pieces = (*pieces, f"; parts from the checkpoint in {engine.parts_in}")
         if engine.failed_by:
             pieces = (*pieces, f"; failed in {engine.failed_by}")
+        elif engine in failed:
+            pieces = (*pieces, f"; {broken[engine.name]}")
         pieces = (
             *pieces,
             *(f": {report.content.failure}" for _, report in engine.comparisons if report.content.failure),
         )
         rows.append(VerdictRow(engine.name, pieces))
-    others = [engine.name for engine in run.engines if engine not in compared]
+    unmade = [name for name in broken if name not in {engine.name for engine in compared}]
+    rows += [VerdictRow(name, (f"FAIL: {broken[name]}",)) for name in unmade]
+    others = [engine.name for engine in run.engines if engine not in compared and engine.name not in broken]
     note = "Each engine against its own checkpoint in PyTorch, on the same samples, with a measured tolerance."
     if others:
         note += f" Not compared: {', '.join(others)}."
     if mixed := mixed_versions(run):
         note += f" Stages of this run were made by different versions of {', '.join(mixed)}: see Versions below."
     lead = (f"{len(compared) - len(failed)} of {len(compared)} engines compared pass",)
-    if failed:
+    if unmade:
+        lead = (f"{lead[0]}; {len(unmade)} could not be built or run",)
+    if failed or unmade:
         return Verdict("parity", title, BAD, "failed", tuple(rows), note, lead)
     return Verdict("parity", title, GOOD, "passed", tuple(rows), note, lead)

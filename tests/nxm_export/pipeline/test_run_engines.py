@@ -14,7 +14,7 @@ from engines.parity.reports import OUTPUTS_FILE, PARITY_FILE
 from nxm_export.contract.choices import BACKEND_NAMES
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline import engine_stages, run_engines
-from nxm_export.pipeline.engine_stages import choose_engine, compare_built, drop_others
+from nxm_export.pipeline.engine_stages import build_engines, choose_engine, compare_built, drop_others
 from nxm_export.pipeline.environment import missing_for
 from nxm_export.pipeline.run_engines import GRAPHS, RunBackends, engines_of, graphs_of, run_backends
 from nxm_export.pipeline.summary import BuildResults
@@ -213,6 +213,62 @@ def test_an_engine_that_fails_when_it_runs_fails_alone(run: RunDir, monkeypatch:
     chosen = choose_engine(run, ENGINES, built, BOTH)
     assert chosen.backend == "ort"
     assert "left out: openvino: built, and failed when it ran: out of memory" in chosen.why
+
+
+def test_where_one_that_every_run_needs_fails_an_older_verdict_on_it_goes_too(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(*_: object) -> None:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr("engines.parity.compare.compare", compare)
+    (first, *_) = ENGINES
+    run.path("engines", first.name).mkdir(parents=True)
+    PASSPORT.save(run.path("engines", first.name))
+    run.path("dense").mkdir()
+    run.stage(f"compare {first.name}", f"compare/{first.name}", lambda s: (s / PARITY_FILE).write_text("old"))
+    with pytest.raises(EngineError, match="out of memory"):
+        compare_built(run, [first], BUILT, [], silent)
+    assert not run.path("compare", first.name).exists()
+
+
+@pytest.mark.parametrize("name", ["openvino-cpu-int8", "ort-cpu-int8"])
+def test_of_an_engine_that_cannot_be_built_nothing_of_an_earlier_run_stays(
+    name: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the engine nor the verdict on it; the others keep both."""
+
+    def made(out: Path) -> str:
+        return out.name.removeprefix(".").removesuffix(".partial")
+
+    class Builder:
+        @staticmethod
+        def build(_: Path, out: Path, options: object) -> None:
+            if made(out) == name:
+                raise EngineError("it refuses Erf")
+            (out / "passport.json").write_text(made(out))
+
+    for graph in ("dense", "cpu", "cpu-outputs"):
+        run.path("onnx", graph).mkdir(parents=True)
+    for engine in ENGINES:
+        place = f"engines/{engine.name}"
+        run.stage(f"build {engine.name}", place, lambda out: (out / "passport.json").write_text(made(out)))
+        for stage in ("compare", "summary"):
+            inputs = {"passport": run.path(place, "passport.json")}
+            run.stage(
+                f"{stage} {engine.name}", f"{stage}/{engine.name}", lambda out: (out / "f").touch(), inputs=inputs
+            )
+    monkeypatch.setattr("engines.base.backend", lambda _: Builder)
+    if name.startswith("ort"):
+        with pytest.raises(EngineError, match="it refuses Erf"):
+            build_engines(run, ENGINES, silent)
+    else:
+        assert build_engines(run, ENGINES, silent).failed == {name: "it refuses Erf"}
+    for engine in ENGINES:
+        for kind in ("engines", "compare", "summary"):
+            assert run.path(kind, engine.name).exists() == (engine.name != name)
+    stages = RunDir.open(run.root).manifest.stages
+    assert {stage.partition(" ")[2] for stage in stages} == {engine.name for engine in ENGINES} - {name}
 
 
 def test_engines_and_graphs_of_an_earlier_run_go_away(run: RunDir) -> None:

@@ -126,6 +126,21 @@ def rows_of(run: Run, key: str) -> dict[str, str]:
     return text
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["an earlier run left it", "nothing is left of it"])
+def test_an_engine_that_could_not_be_built_fails_the_verdict(left: bool) -> None:
+    summary = replace(SUMMARY, failed={"openvino-cpu-int8": "it refuses Erf"})
+    old = [engine("openvino-cpu-int8", compared=parity())] if left else []
+    run = made_run(engine(compared=parity()), *old, summary=summary)
+    (verdict,) = (verdict for verdict in verdicts(run) if verdict.key == "parity")
+    assert (verdict.state, verdict.word) == ("bad", "failed")
+    rows = rows_of(run, "parity")
+    assert rows["ort-cpu-int8"].startswith("pass")
+    assert rows["openvino-cpu-int8"].startswith("FAIL")
+    assert rows["openvino-cpu-int8"].endswith("it refuses Erf")
+    (alone,) = (verdict for verdict in verdicts(made_run(summary=summary)) if verdict.key == "parity")
+    assert alone.state == "bad", "where no other was compared, too"
+
+
 def test_every_row_says_its_own_number() -> None:
     chosen = ChosenEngine("ort-cpu-int8", "ort", "a tie")
     entry = replace(engine(compared=parity()), passport=RunFile("passport.json", PASSPORT, {}))

@@ -322,6 +322,11 @@ class ProfiledFacts(Protocol):
         """What is known of every matrix."""
         ...
 
+    @property
+    def profiled(self) -> object | None:
+        """The run that the report rests on, None where none was profiled."""
+        ...
+
 
 @runtime_checkable
 class ProfiledBackend(Protocol):

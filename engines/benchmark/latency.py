@@ -193,18 +193,23 @@ def _queued(
     return {name: float(np.median(times)) / runs[name] for name, times in taken.items()}
 
 
-def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: float | None, gpu: str) -> str:
+def sparse_verdict(
+    report: BenchReport, sparse: str, dense: str, sparse_share: float | None, gpu: str, unknown: str | None = None
+) -> str:
     """What the timings say about 2:4 on this GPU: `sparse` and `dense` are the names of the INT8 twins.
 
     2:4 pays at a shape when the 95 % interval of its speed-up over the dense twin lies above 1. It pays from N tokens
     on when it does at every measured shape of at least N tokens. Without a proven sparse kernel nothing is ascribed to
-    2:4, and of fewer than `LEAST_ROUNDS` there is no verdict.
+    2:4: a difference is noise where it is known that none runs, and without a verdict where that is not known, for the
+    reason `unknown`. Of fewer than `LEAST_ROUNDS` there is no verdict.
     """
     ratios = [ratio for ratio in report.ratios if ratio.name == sparse and ratio.reference == dense]
     if not ratios:
         of_twins = tuple(f"{name} {what} " for name in (sparse, dense) for what in (f"against {dense}", "at"))
         why = next((f": {text}" for text in report.unmeasured if text.startswith(of_twins)), "")
         return f"no verdict: the INT8 twins were not timed against each other{why}"
+    if not sparse_share and unknown is not None:
+        return f"no verdict: {unknown}; measured {', '.join(map(_at, ratios))}"
     if not sparse_share:
         known = "no sparse kernel is proven to run" if sparse_share == 0 else "nothing was planned sparse"
         return f"do not use 2:4 here: {known} on {gpu}, so any difference between the twins is noise"

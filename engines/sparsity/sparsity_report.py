@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.sparsity.kernel_names import Existence, sparse_kernel_exists
+from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import EngineError, ParityError
 from nxm_export.storage.json_files import to_builtins
@@ -123,6 +123,12 @@ class WeightSparsity:
         return self.reason == "no-engine" and self.eligible is True and self.type == "int8"
 
     @property
+    def has_sparse_kernel(self) -> bool:
+        """Whether one of its kernels is sparse by its name: of floats, too, and of one of several profiles."""
+        kernels = map(kernel_named, (self.kernel or "").split(" | "))
+        return any(kernel is not None and kernel.sparse for kernel in kernels)
+
+    @property
     def outcome(self) -> str:
         """``sparse`` where that is proven, otherwise the reason: no reason alone proves nothing."""
         return "sparse" if self.chosen is True else self.reason or "unknown"
@@ -154,6 +160,16 @@ class SparsityReport:
         planned = self.planned_elements
         chosen = sum(w.k * w.n for w in self.weights if w.planned_sparse and w.chosen is True)
         return chosen / planned if planned else None
+
+    @property
+    def open_question(self) -> WeightSparsity | None:
+        """A planned-sparse matrix that may use a sparse kernel, where none provably runs sparse; if there is one, it is
+        one that nothing in the file keeps from it. None where it is known that no sparse kernel runs."""
+        if self.sparse_share != 0:
+            return None
+        planned = [weight for weight in self.weights if weight.planned_sparse]
+        still_open = [weight for weight in planned if weight.chosen is None or weight.has_sparse_kernel]
+        return min(still_open, key=lambda weight: weight.eligible is False, default=None)
 
     @property
     def counts(self) -> dict[str, int]:

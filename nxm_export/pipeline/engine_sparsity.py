@@ -97,3 +97,14 @@ def profiles_kernels(directory: Path) -> bool:
     from engines.passport import load_passport
 
     return backend(load_passport(directory).backend).CAPABILITIES.profiled_kernels
+
+
+def is_unprofiled(directory: Path) -> bool:
+    """Whether the backend of an engine directory profiles kernels itself, and has not done so for this engine."""
+    from engines.base import ProfiledFacts, backend
+    from engines.passport import load_passport
+
+    if not profiles_kernels(directory):
+        return False
+    facts = backend(load_passport(directory).backend).inspect(directory)
+    return isinstance(facts, ProfiledFacts) and facts.profiled is None

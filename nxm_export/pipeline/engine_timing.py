@@ -20,7 +20,7 @@ from nxm_export.contract.choices import (
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.columns import Columns
 from nxm_export.errors import EngineError, EngineUnavailable, NxmError
-from nxm_export.pipeline.engine_sparsity import sparsity_of
+from nxm_export.pipeline.engine_sparsity import is_unprofiled, sparsity_of
 from nxm_export.pipeline.labelled_texts import features_of, labelled_texts, shared_features
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.passport import EnginePassport
+    from engines.sparsity.sparsity_report import WeightSparsity
 
 
 def bench_engines(
@@ -125,10 +126,17 @@ def _verdict(
     except NxmError as error:  # the times are right without it, and took minutes
         return f"no verdict: which kernels {path} runs is not known: {error}"
     # Evidence that says nothing of these products is not evidence that 2:4 does nothing for them.
-    mute = [weight for weight in found.weights if weight.planned_sparse and weight.reason in ("untied", "ambiguous")]
-    if found.sparse_share == 0 and mute:
-        return f"no verdict: which kernels {path} runs is not known: {mute[0].detail}"
-    return sparse_verdict(report, sparse, dense, found.sparse_share, gpu)
+    unknown = None if found.open_question is None else _unknown(path, found.open_question)
+    return sparse_verdict(report, sparse, dense, found.sparse_share, gpu, unknown)
+
+
+def _unknown(path: Path, weight: WeightSparsity) -> str:
+    """Why it is not known that the engine at `path` runs no sparse kernel, by a matrix that leaves it open."""
+    if weight.chosen is False:
+        return f"{path} runs sparse kernels, and no matrix on those of INT8 alone: {weight.detail} ({weight.kernel})"
+    if weight.reason == "unknown" and is_unprofiled(path):
+        return f"which kernels {path} runs is not known (profile it with `nxm inspect {path} --measure`)"
+    return f"which kernels {path} runs is not known: {weight.detail}"
 
 
 def bench_text(

@@ -161,6 +161,7 @@ class Measuring:
         self.data = plan.data if subject.checkpoint is not None else None
         asked = Asked(plan.shapes, plan.rounds, plan.compiled, self.data)
         self.result = Result(subject, plan.machine.facts, plan.machine.kernels.kind, {}, asked=asked)
+        self._unknown: str | None = None  # why it is not known which kernels the sparse engine runs
 
     def run(self) -> Result:
         """Until all is measured or the budget is spent; an error is a result, too."""
@@ -257,6 +258,8 @@ class Measuring:
         inspected = inspect_engine(sparse)
         assert isinstance(inspected.facts, backend.CusparseltFacts)
         report = inspected.facts.sparsity
+        if report.open_question is not None:
+            self._unknown = f"which kernels the sparse engine runs is not known: {report.open_question.detail}"
         planned = [weight for weight in report.weights if weight.planned_sparse]
         chosen = sum(weight.chosen is True for weight in planned)
         self._add(
@@ -274,7 +277,8 @@ class Measuring:
         )
         verdict = "no verdict: which kernels the sparse engine runs is not known"
         if (known := self.result.sparsity) is not None:
-            verdict = sparse_verdict(together, SPARSE, DENSE, known.share, self.plan.machine.facts["gpu"])
+            gpu = self.plan.machine.facts["gpu"]
+            verdict = sparse_verdict(together, SPARSE, DENSE, known.share, gpu, self._unknown)
         self._add(bench=reports, verdict=verdict)  # what is timed is kept if no profiler works
         profiles = dict(self.result.profiles)
         if isinstance(sparse := engines.get(SPARSE), backend.CusparseltEngine):

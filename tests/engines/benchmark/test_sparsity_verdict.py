@@ -108,6 +108,14 @@ def test_nothing_is_ascribed_to_kernels_that_do_not_run() -> None:
     assert "no verdict" in verdict([])
 
 
+def test_what_is_not_known_to_run_dense_gets_no_verdict_and_keeps_its_times() -> None:
+    ratios = tuple(Speedup("s", "d", 1, length, 1.4, (1.38, 1.42)) for length in (32, 128))
+    said = functools.partial(sparse_verdict, BenchReport((), ratios), "s", "d", gpu="A100", unknown="nobody looked")
+    measured = "1.40x (1.38 to 1.42) at 1x32, 1.40x (1.38 to 1.42) at 1x128"
+    assert said(sparse_share=0.0) == f"no verdict: nobody looked; measured {measured}"
+    assert said(sparse_share=0.5).startswith("2:4 pays from")
+
+
 def test_the_twins_are_held_against_each_other_alone() -> None:
     against = {"int8-dense": 0.9, "fp16": 2.0}
     ratios = [Speedup("int8-sparse", name, 1, 128, speedup, (speedup, speedup)) for name, speedup in against.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from engines.base import BuildOptions, backend
 from engines.benchmark.latency import BenchReport
 from engines.passport import EnginePassport, load_passport
+from engines.sparsity.build_evidence import LAYERS_SCHEMA, InspectedEngine, InspectedProfile
 from nxm_export.contract.records.speedup import Speedup
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.engine_builds import build_twin_engines
@@ -22,7 +23,7 @@ from nxm_export.pipeline.inspection import inspect_path
 from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, build_twins, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
 from tests.support.records import PASSPORT
-from tests.support.sparsity_evidence import engine_directory, tie
+from tests.support.sparsity_evidence import DENSE_GEMM, FACTS, LAYER, SPARSE_GEMM, engine_directory, tie
 
 TWINS = BuiltTwins("trt", {name: TwinHashes("ab", "cd") for name in ("int8-dense", "int8-sparse", "fp16")})
 
@@ -100,9 +101,47 @@ def test_twins_whose_evidence_says_nothing_get_no_verdict(tmp_path: Path) -> Non
     said = _verdict(report, twins, passports)
     assert said is not None
     assert said.startswith(f"no verdict: which kernels {sparse} runs is not known: nothing ties the evidence to")
-    assert said.endswith("build it again")
+    assert said.endswith("build it again; measured 2.00x (1.90 to 2.10) at 1x8")
     passports[sparse] = tie(sparse, options={"sparse": "auto"})
     assert str(_verdict(report, twins, passports)).startswith("2:4 pays from")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "has_gpu", "said"),
+    [
+        ([], False, "no verdict: which kernels {} runs is not known: built without a GPU"),
+        ([], True, "no verdict: which kernels {} runs is not known: the builder does not say which kernel runs it"),
+        (["__myl_FcAdd_0xab"], True, "no verdict: which kernels {} runs is not known: inside kgen layer"),
+        (["sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n"], True, "no verdict: {} runs sparse kernels, and no matrix"),
+        ([SPARSE_GEMM, DENSE_GEMM], True, "no verdict: {} runs sparse kernels, and no matrix on those of INT8 alone: "),
+        ([DENSE_GEMM], True, "do not use 2:4 here: no sparse kernel is proven to run on L4, so any difference"),
+    ],
+)
+def test_a_difference_is_called_noise_only_where_dense_kernels_are_known_to_run(
+    tmp_path: Path, kernels: Sequence[str], has_gpu: bool, said: str
+) -> None:
+    """`kernels` are those of the engine's product, one in each profile."""
+    dense, sparse = tmp_path / "a", tmp_path / "b"
+    for directory in (dense, sparse):
+        directory.mkdir()
+        engine_directory(directory)
+    (sparse / "build.log").write_text("")
+    (sparse / "weights.json").write_text(encode(replace(FACTS, has_gpu=has_gpu), "nxm-weights/1"))
+    profiles = []
+    for number, kernel in enumerate(kernels):
+        kind = "kgen" if kernel.startswith("__myl") else "gemm"
+        named = {**LAYER, "Name": f"node_myl0_1 [profile {number}]", "TacticName": kernel, "LayerType": kind}
+        profiles.append(InspectedProfile(number, (8, 128), {"Layers": [named]}))
+    (sparse / "layers.json").write_text(encode(InspectedEngine(tuple(profiles)), LAYERS_SCHEMA))
+    passports = {
+        directory: tie(directory, options={"sparse": kind}, device={"gpu": "L4"})
+        for directory, kind in ((dense, "never"), (sparse, "auto"))
+    }
+    twins = {"int8-dense": ("a", dense), "int8-sparse": ("b", sparse)}
+    report = BenchReport((), (Speedup("b", "a", 1, 8, 1.4, (1.38, 1.42)),))
+    verdict = str(_verdict(report, twins, passports))
+    assert verdict.startswith(said.format(sparse))
+    assert verdict.endswith("; measured 1.40x (1.38 to 1.42) at 1x8") is said.startswith("no verdict")
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), Path.unlink], ids=["edited", "removed"])

@@ -1,4 +1,8 @@
-"""What this machine can build and run, for ``nxm doctor``: nothing is imported that is not asked about."""
+"""What this machine can build and run, for ``nxm doctor``.
+
+A package is there where its module is: one module may come under several names of packages. Runtimes of engines are
+imported, too, in processes of their own (`nxm_export.pipeline.import_trial`); torch is not, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 
 from nxm_export.errors import EngineUnavailable, NxmError
+from nxm_export.pipeline.import_trial import import_problem
 
 # The smallest extra that brings a module of somebody else's.
 _EXTRAS = {
@@ -25,7 +30,9 @@ _EXTRAS = {
     "parquet": ("pyarrow",),
     "report": ("jinja2", "markupsafe", "matplotlib"),
 }
-# What a backend needs, and the extra that brings it.
+# Where the module is not called like its package.
+_MODULES = {"scikit-learn": "sklearn", "tensorrt-rtx-cu13": "tensorrt_rtx"}
+# What a backend needs, its runtime first, and the extra that brings it.
 _PACKAGES = {
     "ort": (("onnxruntime", "onnx", "onnx-ir"), "ort"),
     "openvino": (("openvino", "onnx", "onnx-ir"), "openvino"),
@@ -98,10 +105,10 @@ def report() -> MachineReport:
         compress=_needs(("torch", "transformers", "accelerate", "scikit-learn"), "train"),
         export=_needs(("torch", "transformers", "onnx", "onnxscript", "onnx-ir"), "export"),
         backends={
-            "ort": _needs(*_PACKAGES["ort"]),
-            "openvino": _needs(*_PACKAGES["openvino"]),
+            "ort": _runs("ort"),
+            "openvino": _runs("openvino"),
             "trt": _missing_of_trt() or "ready",
-            "trt_rtx": _needs(*_PACKAGES["trt_rtx"]) + _rtx_note(),
+            "trt_rtx": _unusable("trt_rtx") or _ready(_PACKAGES["trt_rtx"][0]) + _rtx_note(),
             "cusparselt": _cusparselt(),
         },
         serve=_needs(("starlette", "uvicorn", "httptools", "prometheus-client"), "serve"),
@@ -123,18 +130,55 @@ def missing_for(backend: str) -> str | None:
         from engines.cusparselt.machine import what_is_missing
 
         return what_is_missing()
-    absent = _absent(*_PACKAGES[backend])
-    return _missing_of_rtx() if absent is None and backend == "trt_rtx" else absent
+    unusable = _unusable(backend)
+    return _missing_of_rtx() if unusable is None and backend == "trt_rtx" else unusable
 
 
-def _needs(distributions: tuple[str, ...], extra: str) -> str:
-    ready = "ready: " + ", ".join(f"{name} {_version(name)}" for name in distributions)
-    return _absent(distributions, extra) or ready
+def _runs(backend: str) -> str:
+    """Whether the packages of a backend work here, or what to do."""
+    return _unusable(backend) or _ready(_PACKAGES[backend][0])
 
 
-def _absent(distributions: tuple[str, ...], extra: str) -> str | None:
-    missing = [name for name in distributions if _version(name) is None]
+def _unusable(backend: str) -> str | None:
+    """What is missing of the packages of a backend, or why its runtime cannot be loaded; None where they work."""
+    packages, extra = _PACKAGES[backend]
+    return _absent(packages, extra) or _broken(packages[0])
+
+
+def _needs(packages: tuple[str, ...], extra: str) -> str:
+    return _absent(packages, extra) or _ready(packages)
+
+
+def _ready(packages: tuple[str, ...]) -> str:
+    return "ready: " + ", ".join(map(_installed, packages))
+
+
+def _absent(packages: tuple[str, ...], extra: str) -> str | None:
+    missing = [name for name in packages if not _is_here(_module(name))]
     return f"missing {', '.join(missing)}: {install_advice(extra)}" if missing else None
+
+
+def _broken(package: str) -> str | None:
+    problem = import_problem(_module(package))
+    return None if problem is None else f"{_installed(package)} is installed and cannot be loaded ({problem})"
+
+
+def _module(package: str) -> str:
+    return _MODULES.get(package, package.replace("-", "_"))
+
+
+def _is_here(module: str) -> bool:
+    """Whether a module could be imported; a folder of its name, as in a run directory, is no module."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def _installed(package: str) -> str:
+    """The package that brings a module, and its version, as in ``onnxruntime-gpu 1.23.2``."""
+    if (found := _version(package)) is not None:
+        return f"{package} {found}"
+    others = packages_distributions().get(_module(package), [])
+    return f"{others[0]} {_version(others[0])}" if others else package
 
 
 def _gpu() -> str:
@@ -164,9 +208,9 @@ def _gpu_of_driver() -> str:
 
 def _missing_of_trt() -> str | None:
     """TensorRT comes under many distribution names and from system packages, so it is found by its module."""
-    if find_spec("tensorrt") is None:
+    if not _is_here("tensorrt"):
         return "missing TensorRT: docs/tensorrt.md says which one fits your driver"
-    if find_spec("polygraphy") is None:
+    if not _is_here("polygraphy"):
         return "TensorRT is here; to build, pip install 'nxm-export[trt]'"
     from engines.tensorrt.cuda_driver import device_facts
 
@@ -174,7 +218,7 @@ def _missing_of_trt() -> str | None:
         device_facts()
     except EngineUnavailable as error:
         return f"installed, and neither builds nor runs without an NVIDIA GPU ({error})"
-    return None
+    return _broken("tensorrt")
 
 
 def _missing_of_rtx() -> str | None:
@@ -200,6 +244,4 @@ def _cusparselt() -> str:
 
 
 def _rtx_note() -> str:
-    if find_spec("tensorrt_rtx") is None:
-        return ""
     return " (builds here)" if _missing_of_rtx() is not None else " (builds and runs here)"

@@ -76,8 +76,8 @@ def run_backends(asked: Sequence[str]) -> RunBackends:
     """The backends that a run builds for: those that were asked for, of ``auto`` all that run here; for nobody's wish
     ONNX Runtime, what runs on a GPU that is here, and TensorRT-RTX ahead of time.
 
-    Raises `EngineError` for a name that is no backend, and `EngineUnavailable`, with what to install, for one that
-    cannot run here.
+    Raises `EngineError` for a name that is no backend, and `EngineUnavailable`, with what to install, for one that was
+    asked for and cannot run here, and where ONNX Runtime cannot, which runs the baseline.
     """
     unknown = [name for name in asked if name not in (*BACKEND_NAMES, AUTO_BACKEND)]
     if unknown:
@@ -86,10 +86,11 @@ def run_backends(asked: Sequence[str]) -> RunBackends:
         raise EngineError(f"{AUTO_BACKEND} takes every backend that runs here; give it alone, or name backends")
     automatic = AUTO_BACKEND in asked
     wanted = tuple(dict.fromkeys(asked)) if asked and not automatic else BACKEND_NAMES
-    missing = {name: why for name in wanted if (why := missing_for(name)) is not None}
-    if asked and not automatic and missing:
-        name, why = next(iter(missing.items()))
-        raise EngineUnavailable(f"backend {name} cannot run here: {why}")
+    looked_at = dict.fromkeys((*wanted, BACKEND))  # the baseline's is in every run
+    missing = {name: why for name in looked_at if (why := missing_for(name)) is not None}
+    for name in (*(wanted if asked and not automatic else ()), BACKEND):
+        if name in missing:
+            raise EngineUnavailable(f"backend {name} cannot run here: {missing[name]}")
     here = tuple(name for name in wanted if name not in missing)
     twins = frozenset(here) - set(_cpu_backends())
     if automatic:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from nxm_export.cli import main
-from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline import environment
 from nxm_export.pipeline.engine_sparsity import _kernel_names, measure_layers, require_sparse
+from nxm_export.pipeline.import_trial import import_problem
 from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, RunInspection, inspect_path
+from nxm_export.pipeline.run_engines import run_backends
 from nxm_export.storage.json_files import entry_at
 from nxm_export.storage.run_dir import RunDir
 from tests.support import onnx_text
@@ -77,14 +80,78 @@ def test_a_machine_says_of_everything_that_it_is_ready_or_what_to_install(monkey
         "backend openvino", "backend trt", "backend trt_rtx", "backend cusparselt", "serve",
     }  # fmt: skip
     assert ready["backend ort"] == "ready: onnxruntime 1.0, onnx 1.0, onnx-ir 1.0"
-
-    def absent(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(environment, "version", absent)
+    monkeypatch.setattr(environment, "find_spec", lambda _: None)
     missing = environment.report()
-    assert missing.nxm_export == "source tree"
     assert missing.backends["ort"] == "missing onnxruntime, onnx, onnx-ir: pip install 'nxm-export[ort]'"
+
+
+def test_a_runtime_is_found_by_its_module_under_whatever_name_it_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime comes as onnxruntime, onnxruntime-gpu, onnxruntime-openvino and more."""
+
+    def version(name: str) -> str:
+        if name in ("onnxruntime", "nxm-export"):
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(environment, "version", version)
+    monkeypatch.setattr(environment, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
+    assert environment.missing_for("ort") is None
+    machine = environment.report()
+    assert machine.backends["ort"] == "ready: onnxruntime-gpu 1.0, onnx 1.0, onnx-ir 1.0"
+    assert machine.nxm_export == "source tree"
+
+
+def test_a_runtime_that_cannot_be_imported_does_not_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package is whole by its metadata, and earlier on the path lies one that lacks a library."""
+    from nxm_export.cli.first_lines import of_machine
+
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text("raise ImportError('libtbb.so.12: no such\\nfile')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    said = "is installed and cannot be loaded (ImportError: libtbb.so.12: no such file)"
+    assert said in str(environment.missing_for("openvino"))
+    machine = environment.report()
+    assert said in machine.backends["openvino"]
+    assert "openvino" not in of_machine(machine).partition(".")[0]
+    with pytest.raises(EngineUnavailable, match=r"backend openvino cannot run here: openvino .* cannot be loaded \("):
+        run_backends(("openvino",))
+
+
+def test_no_run_begins_without_the_runtime_of_its_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime.py").write_text("import os; os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    for asked in ((), ("auto",), ("ort",), ("trt_rtx", "ort")):
+        with pytest.raises(EngineUnavailable, match=r"backend (ort|trt_rtx) cannot run here: ") as refusal:
+            run_backends(asked)
+        assert "trt_rtx" in asked or "importing it ends the process (SIGABRT)" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("print('hello')", None),
+        ("print('hello')\nraise RuntimeError('no\\nroom')", "RuntimeError: no room"),
+        ("import absent_library", "ModuleNotFoundError: No module named 'absent_library'"),
+        ("import os; os._exit(7)", "importing it ends the process (exit code 7)"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "importing it ends the process (SIGILL)"),
+    ],
+)
+def test_an_import_is_tried_where_it_can_break_nothing(
+    text: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tried_library.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_problem("tried_library") == problem
+    assert "tried_library" not in sys.modules
+
+
+def test_a_folder_is_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run directory has one called ``onnx``."""
+    (tmp_path / "tried_library").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not environment._is_here("tried_library")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +190,7 @@ def test_a_driver_s_tool_without_a_driver_is_no_gpu(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(environment, "_PATIENCE", 0.5)
-    monkeypatch.setattr(environment, "find_spec", lambda _: True)
+    monkeypatch.setattr(environment, "_is_here", lambda _: True)
     assert environment._gpu().startswith(said)
     if shutil.which("nvidia-smi", path=os.defpath) is None:
         assert "without an NVIDIA GPU (" in str(environment.missing_for("trt"))
@@ -131,7 +198,6 @@ def test_a_driver_s_tool_without_a_driver_is_no_gpu(
 
 def test_a_gpu_is_found_by_its_driver_where_the_driver_s_tool_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.tensorrt import cuda_driver
-    from nxm_export.errors import EngineUnavailable
 
     facts = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "driver": "580.159.03", "cuda": "13.0"}
     monkeypatch.setenv("PATH", "")

@@ -28,6 +28,8 @@ from nxm_export.errors import RequestRefused
 if TYPE_CHECKING:
     import asyncio
 
+    from engines.serving.health import EngineHealth
+
 Deliver = Callable[[Sequence["QueuedRequest"]], None]
 
 
@@ -115,14 +117,16 @@ class BatchQueue:
             self.rows -= request.rows
             return True
 
-    def take(self) -> tuple[Bucket, list[QueuedRequest]] | None:
-        """The next batch, never empty; blocks. None once the queue is closed and empty."""
+    def take(self, patience: float | None = None) -> tuple[Bucket, list[QueuedRequest]] | None:
+        """The next batch; blocks. It is empty only where nothing came for `patience` seconds. None once the queue is
+        closed and empty."""
         with self._condition:
             while True:
                 while not self.rows:
                     if self._closed:
                         return None
-                    self._condition.wait()
+                    if not self._condition.wait(patience):
+                        return self._buckets.buckets[0], []
                 heads = [(queue[0].enqueued, i) for i, queue in enumerate(self._waiting) if queue]
                 oldest, index = min(heads)
                 bucket, queue = self._buckets.buckets[index], self._waiting[index]
@@ -156,13 +160,15 @@ def run_worker(
     observer: Observer,
     pads: Mapping[str, int],
     sequence_axes: Mapping[str, int],
+    health: EngineHealth,
 ) -> None:
     """Run batches until the queue is closed and empty; the body of an engine's thread.
 
     `pads` hold the padding value of each input, `sequence_axes` the axis of an output that runs along the sequence. A
     request that cannot run is answered with its error and takes no other down: a failed batch is run again one by one.
+    `health` learns whether the engine answers.
     """
-    while (taken := queue.take()) is not None:
+    while (taken := queue.take(health.patience)) is not None:
         bucket, batch = taken
         now = time.monotonic()
         late = [request for request in batch if request.deadline < now]
@@ -172,6 +178,8 @@ def run_worker(
         if late:
             deliver(late)
         if not batch:
+            if health.failing:
+                health.examine()
             continue
         try:
             rows, tokens = run_batch(engine, bucket, batch, pads, sequence_axes)
@@ -180,6 +188,10 @@ def run_worker(
         padding = 1.0 - sum(request.rows * request.length for request in batch) / tokens if tokens else 0.0
         observer.batch(rows, padding, time.monotonic() - now, [now - request.enqueued for request in batch])
         deliver(batch)
+        if all(request.error is not None for request in batch):
+            health.examine()
+        else:
+            health.answered()
 
 
 def _one_by_one(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from engines.base import Engine, LoadOptions, backend
 from engines.memory import require_room
 from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
+from engines.serving.health import EngineHealth
 from engines.serving.memory import return_freed
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
@@ -91,6 +93,9 @@ class Model:
         self.withdrawn: str | None = None  # why it must not answer any more; set on the event loop alone
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
         self._engines = engines
+        facts = {"model": name, "version": version, "directory": str(directory)}
+        shortest = self.buckets.buckets[0]
+        self._health = [EngineHealth(partial(self._try, engine, shortest, 1), facts) for engine in engines]
         self._threads: list[threading.Thread] = []
         self._pads = {name: self.spec.pad_id if name == "input_ids" else 0 for name in engines[0].inputs}
         self._sequence_axes = {
@@ -129,10 +134,10 @@ class Model:
 
     def start(self, deliver: Deliver, observer: Observer) -> None:
         """Start one thread per engine context."""
-        for number, engine in enumerate(self._engines):
+        for number, (engine, health) in enumerate(zip(self._engines, self._health, strict=True)):
             thread = threading.Thread(
                 target=run_worker,
-                args=(engine, self.queue, deliver, observer, self._pads, self._sequence_axes),
+                args=(engine, self.queue, deliver, observer, self._pads, self._sequence_axes, health),
                 name=f"{self.name}:{self.version}/{number}",
                 daemon=True,
             )
@@ -150,8 +155,14 @@ class Model:
 
     @property
     def is_answering(self) -> bool:
-        """False once it was withdrawn, or once a thread of it that was started has ended."""
-        return self.withdrawn is None and all(thread.is_alive() for thread in self._threads)
+        """False once it was withdrawn, once a thread of it that was started has ended, and while an engine of it
+        fails."""
+        return self.withdrawn is None and not self.has_ended and not any(health.failing for health in self._health)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a thread of it that was started has ended."""
+        return not all(thread.is_alive() for thread in self._threads)
 
     def require_serving(self) -> None:
         """Raise `RequestRefused` (503) when the model was withdrawn."""

@@ -145,7 +145,8 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """True when every model is loaded and answers: none was withdrawn, and no thread of one has ended."""
+        """True when every model is loaded and answers: none was withdrawn, no thread of one has ended, and no engine
+        fails."""
         return self.opened and all(model.is_answering for model in self._models.values())
 
     @property
@@ -177,13 +178,14 @@ class Repository:
             return [
                 {"name": name, "version": version, "state": "LOADING", "reason": ""} for name, version in self._sources
             ]
-        states = {model: "READY" if model.is_answering else "UNAVAILABLE" for model in self._models.values()}
-        reasons = {
-            model: "" if model.is_answering else _WITHDRAWN if model.withdrawn else _ENDED
-            for model in self._models.values()
-        }
+        reasons = {model: _why_unready(model) for model in self._models.values()}
         return [
-            {"name": name, "version": version, "state": states[model], "reason": reasons[model]}
+            {
+                "name": name,
+                "version": version,
+                "state": "UNAVAILABLE" if reasons[model] else "READY",
+                "reason": reasons[model],
+            }
             for name in self._endpoints
             for version in self.versions(name)
             for model in [self._endpoints[name][version].model]
@@ -274,6 +276,13 @@ class Repository:
 # What clients are told; the log has the objection, with the paths of this machine.
 _WITHDRAWN = "withdrawn: its parity with its checkpoint is not what --parity asks for"
 _ENDED = "a thread that runs its engine has ended; start the server again"
+_FAILING = "its engine fails, also at what it answered when it was loaded; if it stays so, start the server again"
+
+
+def _why_unready(model: Model) -> str:
+    if model.is_answering:
+        return ""
+    return _WITHDRAWN if model.withdrawn else _ENDED if model.has_ended else _FAILING
 
 
 def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engines.base import LoadOptions, Profile
 from engines.ort import backend as ort
 from engines.serving.batching import BatchQueue, Limits, QueuedRequest, run_batch, run_worker
+from engines.serving.health import AGAIN_S, EngineHealth
 from engines.serving.shapes import Bucket, plan_buckets
 from nxm_export.errors import EngineError, RequestRefused
 from tests.support.exact_engine import MAX_LENGTH, expected, feeds_of
@@ -52,12 +53,17 @@ class Seen:
         self.paddings.append(padding)
 
 
-def run_all(engine: Any, queue: BatchQueue) -> tuple[list[QueuedRequest], Seen]:
+def sound() -> EngineHealth:
+    """That of an engine which answers whatever it is tried with."""
+    return EngineHealth(lambda: None, {})
+
+
+def run_all(engine: Any, queue: BatchQueue, health: EngineHealth | None = None) -> tuple[list[QueuedRequest], Seen]:
     """Close the queue and run what is in it, in this thread."""
     queue.close()
     delivered: list[QueuedRequest] = []
     seen = Seen()
-    run_worker(engine, queue, delivered.extend, seen, PADS, {})
+    run_worker(engine, queue, delivered.extend, seen, PADS, {}, health or sound())
     return delivered, seen
 
 
@@ -257,6 +263,50 @@ def test_a_request_that_makes_the_engine_fail_takes_no_other_down(exact: Any) ->
     np.testing.assert_array_equal(all_queued[3].outputs["logits"], expected(dict(all_queued[3].feeds)))
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["bad requests", "lost device"])
+def test_an_engine_fails_that_fails_at_what_it_answered_before_and_no_number_of_bad_requests_makes_it(
+    exact: Any, lost: bool
+) -> None:
+    """`Poisoned` refuses each of the requests here; its device is lost, or it answers all others."""
+    tried: list[bool] = []
+
+    def trial() -> None:
+        tried.append(lost)
+        if lost:
+            raise EngineError("CUDA driver: cuStreamSynchronize failed with 700: an illegal memory access")
+
+    queue, health = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(merge=1)), EngineHealth(trial, {})
+    for seed in range(3):
+        one = queued([6], seed)
+        one.feeds["input_ids"][0, 3] = 11
+        queue.submit(one)
+    delivered, _ = run_all(Poisoned(exact), queue, health)
+    assert [type(one.error) for one in delivered] == [EngineError] * 3
+    assert tried == [lost] * 3
+    assert health.failing is lost
+
+
+def test_requests_that_waited_too_long_or_share_a_batch_with_a_bad_one_are_no_reason_to_try_an_engine(
+    exact: Any,
+) -> None:
+    queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits())
+    for one in (queued([6], 1), queued([6], 2), queued([6], 3, deadline=time.monotonic() - 1)):
+        one.feeds["input_ids"][one.feeds["input_ids"] == 11] = 4
+        one.feeds["input_ids"][0, 3] = 11 if one.number == 1 else 4
+        queue.submit(one)
+    delivered, _ = run_all(Poisoned(exact), queue, EngineHealth(lambda: pytest.fail("it was tried"), {}))
+    assert sum(one.error is None for one in delivered) == 1
+
+
+def test_an_engine_that_answers_again_fails_no_more() -> None:
+    health = EngineHealth(lambda: 1 / 0, {})
+    waits = [health.patience]
+    for step in (health.examine, health.examine, health.answered):
+        step()
+        waits.append(health.patience)
+    assert waits == [None, AGAIN_S, AGAIN_S, None], "seconds to the next trial"
+
+
 @pytest.mark.parametrize("bad", [np.full((1, 2), np.nan, np.float32), np.zeros((0, 2), np.float32)])
 def test_an_output_that_is_not_finite_or_too_short_is_an_error(bad: np.ndarray) -> None:
     class Broken(Poisoned):
@@ -306,7 +356,8 @@ def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -
 
     workers = [
         threading.Thread(
-            target=run_worker, args=(ort.load(engine, LoadOptions(threads=1)), queue, deliver, Seen(), PADS, {})
+            target=run_worker,
+            args=(ort.load(engine, LoadOptions(threads=1)), queue, deliver, Seen(), PADS, {}, sound()),
         )
         for _ in range(2)
     ]

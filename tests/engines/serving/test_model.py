@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,51 @@ def test_a_model_whose_thread_ended_is_not_ready(engine: Path) -> None:
         "UNAVAILABLE",
         "a thread that runs its engine has ended; start the server again",
     )
+    repository.close()
+
+
+def test_a_model_whose_engine_lost_its_device_is_not_ready_until_it_answers_again(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one engine of two: the other answers, and this one takes requests from it as fast as it fails."""
+    monkeypatch.setattr("engines.serving.health.AGAIN_S", 0.01)
+    caplog.set_level("INFO", "nxm.serve")
+    repository = Repository([EngineSource("m", "1", engine)], ModelOptions(instances=2))
+    repository.open()
+    (model,) = repository.models
+    lost, run = model._engines[0], ort.OrtEngine.run
+
+    def failing(self: ort.OrtEngine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self is lost:
+            raise RuntimeError("CUDA driver: cuStreamSynchronize failed with 700: an illegal memory access")
+        return run(self, feeds)
+
+    answered: list[QueuedRequest] = []
+    model.start(answered.extend, Unobserved())
+
+    def ask_until(ready: bool) -> None:
+        until = time.monotonic() + 30
+        while repository.ready is not ready:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+            if not ready:  # nobody asks one that is not ready
+                feeds = {name: np.ones((1, 4), np.int64) for name in lost.inputs}
+                model.queue.submit(QueuedRequest(feeds, time.monotonic() + 30))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ort.OrtEngine, "run", failing)
+        ask_until(ready=False)
+        (entry,) = repository.index()
+        assert entry["state"] == "UNAVAILABLE"
+        assert entry["reason"].startswith("its engine fails, also at what it answered when it was loaded; ")
+        assert not model.has_ended
+    ask_until(ready=True)
+    assert repository.index()[0] == {"name": "m", "version": "1", "state": "READY", "reason": ""}
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "its engine fails, also at what it answered when it was loaded",
+        "goes on",
+    ]
+    assert all(record.__dict__["facts"]["model"] == "m" for record in caplog.records)
     repository.close()
 
 

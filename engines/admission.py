@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from engines.devices import running_on
+from engines.devices import running_on, runtime_here
 from engines.parity.bisect_reports import BISECT_FILE, BisectReport, read_bisect_report
 from engines.parity.reports import PARITY_FILE, ParityReport, read_parity_report
 from engines.passport import EnginePassport, load_passport
@@ -43,16 +43,17 @@ def admitted(directory: Path, gate: str = GATE, expect_sha256: Collection[str] =
 
 
 def _notice_other_machine(directory: Path, passport: EnginePassport) -> None:
-    """Say so where an engine was compared on another kind of machine: its kernels for INT8 differ, and may round or
-    saturate otherwise."""
+    """Say so where an engine was compared on another kind of machine, or by another version of its runtime: the kernels
+    for INT8 differ, and may round or saturate otherwise."""
     if gate_state(directory, passport) != "passed":
         return
-    compared, here = read_parity_report(directory / PARITY_FILE).machine, running_on(passport)
-    if compared is not None and here is not None and compared != here:
-        notice(
-            f"{directory}: it was compared with its checkpoint on {compared}, and runs on {here}, where other kernels "
-            "may run; run `nxm compare` here, too"
-        )
+    report = read_parity_report(directory / PARITY_FILE)
+    for compared, here in ((report.machine, running_on(passport)), (report.runtime, runtime_here(passport))):
+        if compared is not None and here is not None and compared != here:
+            notice(
+                f"{directory}: it was compared with its checkpoint on {compared}, and runs on {here}, where other "
+                "kernels may run; run `nxm compare` here, too"
+            )
 
 
 def require_expected(directory: Path, passport: EnginePassport, expected: Collection[str]) -> None:

@@ -1,4 +1,5 @@
-"""Which device an engine runs on here: this CPU with its instruction sets, or the GPU that its passport insists on."""
+"""What an engine runs on here: this CPU with its instruction sets, or the GPU that its passport insists on, and which
+version of its runtime."""
 
 from __future__ import annotations
 
@@ -7,6 +8,16 @@ from pathlib import Path
 
 from engines.base import BACKENDS, backend
 from engines.passport import EnginePassport
+from nxm_export.storage.versions import installed_versions
+
+# By backend, the package of its runtime.
+_RUNTIMES = {
+    "ort": "onnxruntime",
+    "openvino": "openvino",
+    "trt": "tensorrt",
+    "trt_rtx": "tensorrt-rtx-cu13",
+    "cusparselt": "torch",
+}
 
 
 def running_on(passport: EnginePassport) -> str | None:
@@ -19,6 +30,14 @@ def running_on(passport: EnginePassport) -> str | None:
     device = cpu_device()
     name, features = device.get("name"), device.get("features")
     return f"{name} ({features})" if name and features else name
+
+
+def runtime_here(passport: EnginePassport) -> str | None:
+    """The package and the version of the runtime that an engine runs on here, as in ``onnxruntime 1.23.2``; None where
+    nobody knows."""
+    package = _RUNTIMES.get(passport.backend, "")
+    installed = installed_versions().get(package)
+    return None if installed is None else f"{package} {installed}"
 
 
 def cpu_device() -> dict[str, str]:

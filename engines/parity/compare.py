@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import Engine
-from engines.devices import running_on
+from engines.devices import running_on, runtime_here
 from engines.memory import reference_memory
 from engines.parity.compatibility import require_alike, require_outputs
 from engines.parity.decisions import (
@@ -400,6 +400,7 @@ def _report(
         pairs=tuple(pair for other in others for pair in _pairs(run, other, samples)),
         contents_sha256=part.passport.contents_sha256,
         machine=running_on(part.passport),
+        runtime=runtime_here(part.passport),
     )
 
 

@@ -29,8 +29,9 @@ class ParityReport:
     engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of
     fewer than six samples. `passed` is what outputs, probes and gates say together (see `verdict`); a report that
     contradicts them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and
-    tokenizer. `machine` is what it ran on, None in reports of older versions. `failure` is why an engine failed when it
-    ran: then there are no outputs, and no value of the checkpoint.
+    tokenizer. `machine` is what it ran on, and `runtime` the package that ran it with its version; None in reports of
+    older versions. `failure` is why an engine failed when it ran: then there are no outputs, and no value of the
+    checkpoint.
     """
 
     passed: bool
@@ -53,6 +54,7 @@ class ParityReport:
     secondary_metrics: Mapping[str, tuple[float | None, float | None]]
     contents_sha256: str | None = None
     machine: str | None = None
+    runtime: str | None = None
     failure: str | None = None
 
     def __post_init__(self) -> None:

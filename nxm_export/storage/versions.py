@@ -18,6 +18,9 @@ RECORDED_VERSIONS = (
     "openvino",
 )
 
+# ONNX Runtime comes under more names, of which one is installed.
+_OTHER_NAMES = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino")}
+
 # Of those, the ones that training and export compute with; the others run engines.
 MAKERS = ("python", "nxm-export", "torch", "transformers", "onnx")
 
@@ -26,8 +29,9 @@ def installed_versions() -> dict[str, str]:
     """Versions of Python and of those packages, of the ones that matter for a result, that are installed."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in RECORDED_VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+        for name in (*_OTHER_NAMES.get(package, ()), package):
+            with contextlib.suppress(PackageNotFoundError):
+                versions[package] = version(name)
     return versions
 
 

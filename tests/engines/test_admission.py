@@ -7,13 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from engines.admission import admitted, gate_state, require_expected, require_gate
-from engines.devices import running_on
+from engines.devices import running_on, runtime_here
 from engines.parity.bisect_reports import BISECT_FILE, BisectReport, BlockParity
 from engines.parity.bisect_reports import SCHEMA as BISECT_SCHEMA
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport, read_parity_report
@@ -347,3 +348,33 @@ def test_an_engine_that_was_compared_on_another_machine_says_so(
     assert admitted(copy, "passed") == passport
     told = [str(warning.message) for warning in recwarn]
     assert any("was compared with its checkpoint on another CPU, and runs on" in text for text in told) is said
+
+
+@pytest.mark.parametrize(("compared", "said"), [("onnxruntime 1.2.3", True), (None, False), ("this one", False)])
+def test_an_engine_that_was_compared_by_another_version_of_its_runtime_says_so(
+    engine: Path, tmp_path: Path, compared: str | None, said: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A comparison proves nothing of kernels that came later."""
+    copy = Path(shutil.copytree(engine, tmp_path / "copy"))
+    passport = load_passport(copy)
+    report = read_parity_report(copy / PARITY_FILE)
+    here = f"onnxruntime {version('onnxruntime')}"
+    runtime = here if compared == "this one" else compared
+    (copy / PARITY_FILE).write_text(encode(replace(report, runtime=runtime), SCHEMA))
+    assert admitted(copy, "passed") == passport
+    told = [str(warning.message) for warning in recwarn]
+    runs = f"{copy}: it was compared with its checkpoint on onnxruntime 1.2.3, and runs on {here}"
+    assert any(text.startswith(runs) for text in told) is said
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"])
+def test_the_version_of_a_runtime_is_known_under_whatever_name_it_was_installed(
+    engine: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_package(package: str) -> str:
+        if package != name:
+            raise PackageNotFoundError(package)
+        return "1.2.3"
+
+    monkeypatch.setattr("nxm_export.storage.versions.version", of_package)
+    assert runtime_here(load_passport(engine)) == "onnxruntime 1.2.3"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_two_engines_and_their_checkpoint(
         report = json.loads((engine / "parity.json").read_text())
         assert report["passed"] is True
         assert report["machine"] == running_on(load_passport(engine))
+        assert report["runtime"] == f"onnxruntime {version('onnxruntime')}"
         assert [gate["gate"] for gate in report["gates"]] == ["drop<=0", "flips<=0%"]
         assert {probe["passed"] for probe in report["probes"]} == {True}
         outputs = [np.load(directory / "outputs.npz")["logits"].astype(np.float64) for directory in (engine, other)]

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -135,7 +136,7 @@ def bench(
     failures: list[EngineError] = []
     for batch, sequence in shapes:
         feeds = {name: feeds_for(engine, batch, sequence, vocabulary, seed) for name, engine in engines.items()}
-        timers, failed = _timers(engines, feeds)
+        timers, failed = _timers({name: partial(engine.timer, feeds[name]) for name, engine in engines.items()})
         failures += failed.values()
         unmeasured += [f"{name} at {batch}x{sequence}: {error}" for name, error in failed.items()]
         running = {name: engines[name] for name in timers}
@@ -143,7 +144,8 @@ def bench(
         on_cpu = engines[names[0]].clock == Closing.clock
         taken = interleaved(timers, rounds, settle=on_cpu, warm_up_s=0.0 if on_cpu else GPU_WARM_UP_S)
         medians = {name: float(np.median(times)) for name, times in taken.items()}
-        queued = _queued(running, feeds, medians)
+        queued, unqueued = _queued(running, feeds, medians)
+        unmeasured += [f"{name} at {batch}x{sequence}, in a queue: {error}" for name, error in unqueued.items()]
         for name in running:
             low, high, p95, p99 = map(float, np.percentile(taken[name], [25, 75, 95, 99]))
             tail, clock = (p95, p99), engines[name].clock
@@ -162,16 +164,20 @@ def bench(
 
 
 def _timers(
-    engines: Mapping[str, Engine], feeds: Mapping[str, Mapping[str, np.ndarray]]
+    makers: Mapping[str, Callable[[], Callable[[], float]]],
 ) -> tuple[dict[str, Callable[[], float]], dict[str, EngineError]]:
-    """(timers, errors of the engines that have none): to make one, an engine on a GPU runs its feeds."""
+    """(timers, errors of the engines that have none). Each has run once, untimed: an engine on the CPU fails there at
+    what it cannot run, one on a GPU where its timer is made."""
     timers: dict[str, Callable[[], float]] = {}
     failed: dict[str, EngineError] = {}
-    for name, engine in engines.items():
+    for name, make in makers.items():
         try:
-            timers[name] = engine.timer(feeds[name])
+            timer = make()
+            timer()
         except EngineError as error:
             failed[name] = error
+        else:
+            timers[name] = timer
     return timers, failed
 
 
@@ -181,16 +187,19 @@ def _launches_graph(engine: Engine, feeds: Mapping[str, np.ndarray]) -> bool | N
 
 def _queued(
     engines: Mapping[str, Engine], feeds: Mapping[str, Mapping[str, np.ndarray]], medians: Mapping[str, float]
-) -> dict[str, float]:
-    """Milliseconds of a run in a queue of runs, of the engines that have one: the median of `LEAST_ROUNDS` queues."""
+) -> tuple[dict[str, float], dict[str, EngineError]]:
+    """(milliseconds of a run in a queue of runs, of the engines that have one: the median of `LEAST_ROUNDS` queues;
+    errors of those that fail there)."""
     runs = {name: min(max(round(QUEUE_MS / ms), QUEUE_RUNS[0]), QUEUE_RUNS[1]) for name, ms in medians.items()}
-    timers = {
-        name: engine.queue_timer(feeds[name], runs[name])
-        for name, engine in engines.items()
-        if isinstance(engine, QueuedEngine)
-    }
+    timers, failed = _timers(
+        {
+            name: partial(engine.queue_timer, feeds[name], runs[name])
+            for name, engine in engines.items()
+            if isinstance(engine, QueuedEngine)
+        }
+    )
     taken = interleaved(timers, LEAST_ROUNDS)
-    return {name: float(np.median(times)) / runs[name] for name, times in taken.items()}
+    return {name: float(np.median(times)) / runs[name] for name, times in taken.items()}, failed
 
 
 def sparse_verdict(

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from engines.base import Binding, Engine
+from engines.base import Binding, Closing, Engine
 from engines.benchmark.latency import GPU_WARM_UP_S, WARMUP, BenchReport, bench, interleaved, sparse_verdict
 from nxm_export.cli.first_lines import of_bench
 from nxm_export.contract.records.speedup import Speedup
@@ -129,7 +129,7 @@ class Told(Steady):
     """An engine that takes longer from run to run, in whole milliseconds."""
 
     def timer(self, _: Mapping[str, np.ndarray]) -> Callable[[], float]:
-        runs = itertools.count(1 - WARMUP)
+        runs = itertools.count(-WARMUP)  # and one run when its timer is made
         return lambda: max(self._told, self._told * next(runs))
 
 
@@ -268,3 +268,44 @@ def test_an_engine_that_fails_at_a_shape_takes_neither_the_others_nor_other_shap
     )
     with pytest.raises(EngineError, match="out of memory"):
         bench({"alone": cast(Engine, Full(1.0, 8))}, [(2, 8)], rounds=6)
+
+
+class OnTheCpu(Closing):
+    """An engine with the timer of every engine on the CPU, which takes so many tokens and no more."""
+
+    inputs = ("input_ids",)
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if feeds["input_ids"].shape[1] > self._most:
+            raise EngineError(f"it has positions for {self._most} tokens")
+        return {}
+
+
+@pytest.mark.parametrize("short", ["a", "b"])
+def test_an_engine_on_the_cpu_that_fails_at_a_shape_is_named_and_the_others_are_timed(short: str) -> None:
+    """Its timer runs nothing when it is made: all times were lost."""
+    engines = {name: cast(Engine, OnTheCpu(64 if name == short else 512)) for name in "ab"}
+    report = bench(engines, [(1, 32), (1, 128)], rounds=6)
+    timed = [(timing.name, timing.sequence) for timing in report.timings]
+    assert timed == [("a", 32), ("b", 32), ("b" if short == "a" else "a", 128)]
+    assert report.unmeasured == (f"{short} at 1x128: it has positions for 64 tokens",)
+    assert [ratio.sequence for ratio in report.ratios] == [32]
+
+
+class FullQueue(Queue):
+    """An engine on a GPU whose memory holds one run, and no queue of them."""
+
+    def queue_timer(self, feeds: Mapping[str, np.ndarray], runs: int) -> Callable[[], float]:
+        raise EngineError("CUDA out of memory")
+
+
+def test_an_engine_that_fails_in_a_queue_keeps_its_other_times_and_takes_none_of_others() -> None:
+    engines = {"full": cast(Engine, FullQueue(4.0)), "fp16": cast(Engine, Queue(8.0))}
+    report = bench(engines, [(2, 8)], rounds=6)
+    assert [(timing.name, timing.median, timing.queued) for timing in report.timings] == [
+        ("full", 4.0, None), ("fp16", 8.0, 7.0),
+    ]  # fmt: skip
+    assert report.unmeasured == ("full at 2x8, in a queue: CUDA out of memory",)

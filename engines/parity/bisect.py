@@ -21,7 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.parity.bisect_reports import BISECT_FILE, SCHEMA, BisectReport, BlockParity, first_diverging
+from engines.parity.bisect_reports import (
+    BISECT_FILE,
+    SCHEMA,
+    BisectReport,
+    BlockParity,
+    first_diverging,
+)
 from engines.parity.block_outputs import (
     BlockBoundaries,
     BlockOutputEngine,
@@ -65,11 +71,12 @@ def bisect(
     tallies = {name: _Boundary() for name in (EMBEDDINGS, *boundaries.names, HEAD)}
     with tempfile.TemporaryDirectory() as scratch:
         opened = _with_block_outputs(part, boundaries, graph, Path(scratch))
-        equal = _gather(tallies, part, opened, checkpoint, samples)
+        equal, apart = _gather(tallies, part, opened, checkpoint, samples)
     blocks = tuple(tally.judged(name, quantized=bool(part.plan)) for name, tally in tallies.items())
     first = first_diverging(blocks)
+    problem = None if equal else tallies[HEAD].problem_of(apart, quantized=bool(part.plan))
     report = BisectReport(
-        passed=first is None and len(blocks) > 0,
+        passed=first is None and len(blocks) > 0 and problem is None,
         engine=str(part.directory),
         engine_sha256=part.passport.engine_sha256,
         backend=part.passport.backend,
@@ -81,6 +88,7 @@ def bisect(
         outputs_equal=equal,
         blocks=blocks,
         reason=_tolerance_text(part),
+        outputs_problem=problem,
     )
     write_atomic(part.directory / BISECT_FILE, encode(report, SCHEMA))
     return report
@@ -102,10 +110,10 @@ def _gather(
     opened: BlockOutputEngine,
     checkpoint: Path,
     samples: Sequence[Features],
-) -> bool:
-    """Run engine and reference on all samples and tally what differs; True when the engine itself gives the same
-    outputs as the one with block outputs."""
-    spec, equal = part.spec, True
+) -> tuple[bool, _Differences]:
+    """Run engine and reference on all samples and tally what differs; returns whether the engine itself gives the same
+    outputs as the one with block outputs, bit for bit, and their differences at real tokens."""
+    spec, equal, apart = part.spec, True, _Differences()
     with ExitStack() as stack:
         engine, whole = stack.enter_context(opened.engine), stack.enter_context(part.load())
         noisy = part.load_reference(checkpoint, perturbation=Perturbation(part.rounding, everywhere=True))
@@ -121,14 +129,19 @@ def _gather(
         for indices in sorted_batches(samples, BATCH, BATCH_TOKENS):
             feeds = pad([samples[i] for i in indices], spec.pad_id)
             actual = engine.run(feeds)
-            equal &= all(np.array_equal(actual[name], array) for name, array in whole.run(feeds).items())
+            own = whole.run(feeds)
+            equal &= all(np.array_equal(actual[name], array) for name, array in own.items())
             crossed = {boundary: actual[name] for boundary, name in opened.names.items()}
             outputs = {name: actual[name] for name in spec.outputs}
             runs = {
                 name: _reference_run(reference, feeds, crossed, spec.outputs) for name, reference in references.items()
             }
-            _tally(tallies, _joined(outputs, crossed, spec.outputs, feeds), runs)
-    return bool(equal)
+            joined = _joined(outputs, crossed, spec.outputs, feeds)
+            _tally(tallies, joined, runs)
+            alone = _joined({name: own[name] for name in spec.outputs}, {}, spec.outputs, feeds)
+            for values, engine_values in zip(joined[HEAD], alone[HEAD], strict=True):
+                apart.add(values, engine_values)
+    return bool(equal), apart
 
 
 def _tolerance_text(part: Part) -> str:
@@ -213,6 +226,15 @@ class _Differences:
         return self.peaks / self.samples if self.samples else 0.0
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """The largest and the mean difference that are tolerated, and the share of rows that must be equal."""
+
+    max: float
+    mean: float
+    unchanged_share: float
+
+
 class _Kind:
     """Errors of the engine and the two changes of the reference, all accumulated or all isolated."""
 
@@ -226,6 +248,15 @@ class _Kind:
 
     def max_tolerance(self, low: float, *, quantized: bool) -> float:
         return MAX_FACTOR * max(self.rounding_noise.max, self.one_step_shift.max if quantized else 0.0) + low
+
+    def limits(self, low: float, rows: int, *, quantized: bool) -> _Limits:
+        """What rounding and the step of one code let `rows` of values differ by."""
+        shift_max = self.one_step_shift.max if quantized else 0.0
+        mean = MEAN_FACTOR * (self.rounding_noise.mean + shift_max / max(rows, 1)) + low
+        same_noise = self.rounding_noise.unchanged_share
+        enough = same_noise * self.rounding_noise.rows >= UNCHANGED_SAMPLES
+        unchanged = same_noise / UNCHANGED_FACTOR if enough else 0.0
+        return _Limits(self.max_tolerance(low, quantized=quantized), mean, unchanged)
 
     def error_in_steps(self, low: float, *, quantized: bool) -> float | None:
         """The engine's largest error in quantization steps as they show here; None where only rounding shows."""
@@ -245,12 +276,8 @@ class _Boundary:
     def judged(self, block: str, *, quantized: bool) -> BlockParity:
         """The verdict on what the boundary ends."""
         low, through, own = UNCHANGED * self.top, self.accumulated, self.isolated
-        limit = own.max_tolerance(low, quantized=quantized)
-        shift_max = own.one_step_shift.max if quantized else 0.0
-        mean_limit = MEAN_FACTOR * (own.rounding_noise.mean + shift_max / max(own.engine.rows, 1)) + low
-        same_noise = own.rounding_noise.unchanged_share
-        enough = same_noise * own.rounding_noise.rows >= UNCHANGED_SAMPLES
-        required = same_noise / UNCHANGED_FACTOR if enough else 0.0
+        limits = own.limits(low, own.engine.rows, quantized=quantized)
+        limit, mean_limit, required = limits.max, limits.mean, limits.unchanged_share
         complaints = []
         if self.unsound:
             complaints.append(f"the checkpoint itself gives NaN or infinity in {self.unsound} samples")
@@ -279,6 +306,17 @@ class _Boundary:
             passed=not complaints if judged else None,
             reason="; ".join(complaints)
             or ("within its tolerance" if judged else "not judged: what it read was not finite already"),
+        )
+
+    def problem_of(self, apart: _Differences, *, quantized: bool) -> str | None:
+        """How two engines differ here beyond what rounding through all blocks does, None where they do not."""
+        limits = self.accumulated.limits(UNCHANGED * self.top, apart.rows, quantized=quantized)
+        if apart.max <= limits.max and apart.mean <= limits.mean and apart.unchanged_share >= limits.unchanged_share:
+            return None
+        return (
+            f"their outputs differ by up to {apart.max:.4g}, tolerated {limits.max:.4g}, and by {apart.mean:.4g} in "
+            f"the mean, tolerated {limits.mean:.4g}; {apart.unchanged_share:.1%} of them are equal, required "
+            f"{limits.unchanged_share:.1%}"
         )
 
 

@@ -42,12 +42,14 @@ class BlockParity:
 
 @dataclass(frozen=True)
 class BisectReport:
-    """All blocks of an engine, in the order in which they run; `first_diverging` is the first that failed, and `passed`
-    says that there are blocks and none of them is one.
+    """All blocks of an engine, in the order in which they run, the head last; `first_diverging` is the first that
+    failed. `passed` says that there are blocks, that none of them is one, and that they speak for the engine.
 
     `kernels` are the operators of which the engine with block outputs runs another number than the engine itself
     (engine, with block outputs), None where that cannot be told; `outputs_equal` says whether both give the same
     outputs, bit for bit. Where either differs, the engine with block outputs is not quite the engine.
+    `outputs_problem` says by how much their outputs differ where that is more than rounding does: then the blocks say
+    nothing of the engine. It is None where it is not, and in reports of older versions.
     """
 
     passed: bool
@@ -62,11 +64,13 @@ class BisectReport:
     outputs_equal: bool
     blocks: tuple[BlockParity, ...]
     reason: str
+    outputs_problem: str | None = None
 
     def __post_init__(self) -> None:
         first = first_diverging(self.blocks)
-        if (self.passed, self.first_diverging) != (first is None and len(self.blocks) > 0, first):
-            raise ValueError("`passed` and `first_diverging` are not what its blocks say")
+        passed = first is None and len(self.blocks) > 0 and self.outputs_problem is None
+        if (self.passed, self.first_diverging) != (passed, first):
+            raise ValueError("`passed` and `first_diverging` are not what its blocks and outputs say")
 
     def require(self) -> None:
         """Raise `ParityError` unless `passed`."""
@@ -75,6 +79,11 @@ class BisectReport:
         for block in self.blocks:
             if block.block == self.first_diverging:
                 raise ParityError(f"{self.engine}: it parts from the checkpoint in {block.block}: {block.reason}")
+        if self.outputs_problem is not None:
+            raise ParityError(
+                f"{self.engine}: its blocks were looked at in a copy with more outputs, which is not the engine: "
+                f"{self.outputs_problem}. `nxm compare` without --bisect judges the engine itself"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """The form of ``bisect.json`` and ``--json``."""

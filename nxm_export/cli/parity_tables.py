@@ -183,11 +183,13 @@ def _print_bisect(report: BisectReport) -> None:
         for block in report.blocks
     ]
     first = report.first_diverging
-    print(
-        f"FAIL: {report.engine} parts from its checkpoint: {first}"
-        if first
-        else f"pass: no block of {report.engine} parts"
-    )
+    if first:
+        print(f"FAIL: {report.engine} parts from its checkpoint: {first}")
+    elif report.outputs_problem is not None:
+        print(f"FAIL: what was looked at in place of {report.engine} is not the engine: {report.outputs_problem}")
+    else:
+        near = "" if report.outputs_equal else ", in a copy whose outputs are those of the engine but for rounding"
+        print(f"pass: no block of {report.engine} parts{near}")
     columns = ("behind", "accumulated max", "steps", "isolated max", "steps", "tokens equal", "verdict", "why")
     print_table(f"{report.engine}: {report.tokens} tokens against the checkpoint, block by block", columns, rows)
     print(f"tolerance: {report.reason}")

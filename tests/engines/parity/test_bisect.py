@@ -15,11 +15,17 @@ import pytest
 from engines.base import BuildOptions
 from engines.parity.bisect import _Boundary, _ReferenceRun, _tally, bisect
 from engines.parity.bisect_reports import BISECT_FILE, read_bisect_report
-from engines.parity.block_outputs import BlockBoundaries, built_with_block_outputs
+from engines.parity.block_outputs import (
+    BlockBoundaries,
+    BlockOutputEngine,
+    built_with_block_outputs,
+    ort_with_block_outputs,
+)
 from engines.parity.compare import compare
 from engines.parity.reports import PARITY_FILE, read_parity_report
-from engines.passport import load_passport
+from engines.passport import EnginePassport, load_passport
 from engines.reference import pytorch
+from nxm_export.cli.parity_tables import print_bisects
 from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
 from nxm_export.errors import DataError, ParityError
@@ -51,7 +57,7 @@ def test_a_healthy_engine_parts_nowhere(
     report = bisect(checkpoint, engine, dev_features(checkpoint, engine))
     report.require()
     assert [row.block for row in report.blocks] == ["embeddings", "bert.encoder.layer.0", BLOCK, "head"]
-    assert report.outputs_equal
+    assert (report.outputs_equal, report.outputs_problem) == (True, None)
     assert read_bisect_report(engine / BISECT_FILE) == report
     assert report.passed
     assert report.engine_sha256 == load_passport(engine).engine_sha256
@@ -73,6 +79,33 @@ def test_a_broken_engine_fails_the_gate_and_is_located(
     assert [row.block for row in report.blocks if row.passed is False] == [BLOCK]  # the blocks behind it are innocent
     with pytest.raises(ParityError, match=f"it parts from the checkpoint in {BLOCK}"):
         report.require()
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_healthy_copy_of_a_broken_engine_is_no_pass(
+    fault: str,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_engine: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As where a runtime computes otherwise once it gives away what lies between blocks."""
+    checkpoint = tiny_checkpoint("bert")
+    engine = write_engine(tiny_engine("ort"), tmp_path / "engine", BROKEN[fault])
+    healthy = write_engine(tiny_engine("ort"), tmp_path / "healthy", lambda model: None)
+
+    def mended(directory: Path, passport: EnginePassport, *rest: Any) -> BlockOutputEngine:
+        return ort_with_block_outputs(healthy, load_passport(healthy), *rest)
+
+    monkeypatch.setattr("engines.parity.bisect.ort_with_block_outputs", mended)
+    report = bisect(checkpoint, engine, dev_features(checkpoint, engine))
+    assert (report.first_diverging, report.outputs_equal, report.passed) == (None, False, False)
+    assert read_bisect_report(engine / BISECT_FILE) == report
+    with pytest.raises(ParityError, match="in a copy with more outputs, which is not the engine: their outputs"):
+        report.require()
+    print_bisects([report])
+    assert capsys.readouterr().out.startswith(f"FAIL: what was looked at in place of {engine} is not")
 
 
 def test_a_shared_block_is_judged_run_by_run(tmp_path: Path) -> None:

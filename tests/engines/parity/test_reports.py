@@ -26,6 +26,7 @@ from engines.parity.reports import (
     verdict,
 )
 from engines.parity.tolerance import Expectation, OutputParity, compare_output
+from nxm_export.cli.parity_tables import print_bisects
 from nxm_export.errors import ArtifactError, EngineError, ParityError
 from nxm_export.storage.json_files import as_objects, encode
 
@@ -73,7 +74,7 @@ def test_where_nothing_was_compared_nothing_passed() -> None:
     assert not nothing.passed
     with pytest.raises(ParityError, match="no engine was compared, so none passed"):
         nothing.require()
-    with pytest.raises(ValueError, match="not what its blocks say"):
+    with pytest.raises(ValueError, match="not what its blocks and outputs say"):
         replace(BISECTED, blocks=(), first_diverging=None, passed=True)
     with pytest.raises(ParityError, match="no block of it was compared"):
         replace(BISECTED, blocks=(), first_diverging=None, passed=False).require()
@@ -181,6 +182,28 @@ BISECTED = BisectReport(
 )
 
 
+def test_blocks_of_what_is_not_the_engine_are_no_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = (block("layer.0", passed=True), block("head", passed=True))
+    whole = replace(BISECTED, blocks=blocks, first_diverging=None, passed=True)
+    near = replace(whole, outputs_equal=False)
+    for report in (whole, near):
+        report.require()
+    with pytest.raises(ValueError, match="not what its blocks and outputs say"):
+        replace(near, outputs_problem="far apart")
+    other = replace(near, outputs_problem="far apart", passed=False)
+    with pytest.raises(ParityError, match="in a copy with more outputs, which is not the engine: far apart"):
+        other.require()
+    first = []
+    for report in (whole, near, other):
+        print_bisects([report])
+        first.append(capsys.readouterr().out.splitlines()[0])
+    assert first == [
+        "pass: no block of engines/e parts",
+        "pass: no block of engines/e parts, in a copy whose outputs are those of the engine but for rounding",
+        "FAIL: what was looked at in place of engines/e is not the engine: far apart",
+    ]
+
+
 @pytest.fixture
 def parity_file(tmp_path: Path) -> Path:
     file = tmp_path / PARITY_FILE
@@ -276,7 +299,7 @@ class TestBisect:
         assert json.loads(json.dumps(BISECTED.to_dict())) == json.loads((tmp_path / BISECT_FILE).read_text())
 
     def test_a_verdict_that_its_blocks_do_not_give_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="not what its blocks say"):
+        with pytest.raises(ValueError, match="not what its blocks and outputs say"):
             replace(BISECTED, first_diverging="layer.0")
         (tmp_path / BISECT_FILE).write_text(json.dumps({**BISECTED.to_dict(), "passed": True}))
         with pytest.raises(ArtifactError, match=r"bisect\.json: `passed` and `first_diverging` are not what"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.admission import require_unchanged
 from engines.base import Engine, backend
-from engines.devices import running_on
+from engines.devices import running_on, runtime_here
 from engines.memory import engine_memory
 from engines.parity.compatibility import plan_of, require_from
 from engines.parity.probes import longest_sequence
@@ -145,6 +145,7 @@ class Part:
             secondary_metrics={},
             contents_sha256=self.passport.contents_sha256,
             machine=running_on(self.passport),
+            runtime=runtime_here(self.passport),
             failure=str(error),
         )
 

@@ -16,7 +16,7 @@ from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import encode, read_record
 
 TRANSFER_MIB = 64
-TREE_MIB = 10  # of them for this tree and a wheel
+TREE_MIB = 11  # of them for this tree and a wheel
 PART_MIB = TRANSFER_MIB - TREE_MIB
 SCHEMA, MANIFEST = "nxm-gpu-pieces/1", "manifest.json"
 

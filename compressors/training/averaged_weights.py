@@ -51,9 +51,9 @@ class AveragedWeights(nn.Module):
     def update(self) -> None:
         """Move the average towards the parameters as they are: (1 - weight) * average + weight * parameter."""
         self.steps += 1
-        weight = max(1 / self.span, 1 / int(self.steps))
+        weight = (1 / self.steps).clamp(min=1 / self.span)  # a tensor: no step waits for the device to say it
         for parameter, average in zip(self.trained, self.averages, strict=True):
-            average.lerp_(parameter, weight)
+            average.lerp_(parameter, weight.to(average.dtype))
 
     @torch.no_grad()
     def put(self) -> None:

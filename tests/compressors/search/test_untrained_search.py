@@ -150,3 +150,5 @@ def test_a_search_knows_whether_its_plan_is_going_to_be_trained(
     wide = [key for key in untrained if key[1].startswith("W8") and opened.source.family.role(key[0]).startswith("ffn")]
     assert wide
     assert sum(untrained[key] for key in wide) < sum(trained[key] for key in wide) / 2
+    others = [key for key in untrained if key[1].startswith("W8") and key not in wide]
+    assert any(untrained[key] != trained[key] for key in others), "other ranges, where nothing is evened out, too"
